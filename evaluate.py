@@ -1,0 +1,199 @@
+"""The scoreboard: how often a model is right, how often it beats another, and what a run looked like.
+
+    python evaluate.py tiny                              accuracy by kind: greedy, at temperature 1, pass@8
+    python evaluate.py runs/lsp-1 --against tiny         the same for both, and the win rate
+    python evaluate.py runs/lsp-1 runs/grpo-1 --picture curves.png
+
+MODEL is a folder in Hugging Face layout, a hub name, or the folder of a run (then its model, and its curves are drawn).
+Held-out instructions of the embedded language; 95 % intervals.
+"""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from model import UserError, generate, groups, load
+from rewards import ExactReward, judged
+from tiny import language
+
+SAMPLES = 8  # answers at temperature 1 for each instruction: their mean is the sampled accuracy, their best is pass@8
+
+
+def wilson(p, n):
+    """95 % Wilson score interval (low, high) of a share p of n items."""
+    z = 1.959964
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def answer(model, tokenizer, queries, samples=1, temperature=1.0, seed=0, max_new_tokens=32):
+    """`samples` answers to each query: list of N lists of text."""
+    generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
+    prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
+    rows = []
+    for part in groups(prompts, max(1, 512 // samples)):  # bounds the memory of the cache
+        rows += generate(model, part, samples, max_new_tokens, temperature, generator).ids
+    return groups([tokenizer.decode(ids) for ids in rows], samples)
+
+
+def rate(model, tokenizer, queries, seed=0):
+    """{"sampled": R [n, SAMPLES], "greedy": R [n, 1]}: right or wrong, for every query and answer."""
+    sampled = answer(model, tokenizer, queries, SAMPLES, 1.0, seed)
+    greedy = answer(model, tokenizer, queries, 1, 0)
+    return {"sampled": judged(ExactReward(), queries, sampled), "greedy": judged(ExactReward(), queries, greedy)}
+
+
+def summary(rates, queries):
+    """{kind or "all": {"n", "greedy", "sampled", "pass@8"}}, each figure [share, low, high].
+
+    The intervals are Wilson's over instructions. For the sampled share, a mean over SAMPLES answers to each, that is wider
+    than need be, never narrower.
+    """
+    kinds, out = [language.kind(q) for q in queries], {}
+    for name in [*language.KINDS, "all"]:
+        pick = torch.tensor([name in ("all", k) for k in kinds])
+        n = int(pick.sum())
+        if n:
+            shares = {"greedy": rates["greedy"][pick].mean(), "sampled": rates["sampled"][pick].mean(), "pass@8": rates["sampled"][pick].amax(1).mean()}
+            out[name] = {"n": n} | {k: [v.item(), *wilson(v.item(), n)] for k, v in shares.items()}
+    return out
+
+
+def win_rate(ours, theirs):
+    """[win rate, low, high] of R [n, a] against R [n, b]: over all pairs of answers to a query, a tie counting half.
+
+    The interval is normal over the n queries.
+    """
+    pairs = (ours[:, :, None] > theirs[:, None, :]).float() + 0.5 * (ours[:, :, None] == theirs[:, None, :]).float()
+    item = pairs.mean((1, 2))  # [n]
+    half = 1.959964 * item.std().item() / math.sqrt(len(item)) if len(item) > 1 else 0.5
+    return [item.mean().item(), item.mean().item() - half, item.mean().item() + half]
+
+
+def compare(model, against, tokenizer, items=500, seed=0):
+    """{"model": summary, "against": summary, "win_rate": [share, low, high]} on the same held-out instructions."""
+    queries = language.evaluation_set(items)
+    # Independent samples for the two players: with one seed they would answer with the same luck.
+    ours, theirs = rate(model, tokenizer, queries, 2 * seed), rate(against, tokenizer, queries, 2 * seed + 1)
+    return {"model": summary(ours, queries), "against": summary(theirs, queries), "win_rate": win_rate(ours["sampled"], theirs["sampled"])}
+
+
+def table(summaries):
+    """A text table of several models' summaries, {name: summary}: one line a kind, share and 95 % interval in percent."""
+    cell = lambda s: f"{100 * s[0]:5.1f} [{100 * s[1]:4.1f}, {100 * s[2]:4.1f}]"
+    names = list(summaries)
+    columns = [(m, n) for m in ("sampled", "greedy", "pass@8") for n in names]
+    lines = ["right answers, %    " + "".join(f"{m + ('' if len(names) == 1 else ', ' + n):>20}" for m, n in columns)]
+    for kind in summaries[names[0]]:
+        lines.append(f"{kind:<9} (n={summaries[names[0]][kind]['n']:>5})  " + "".join(f"{cell(summaries[n][kind][m]):>20}" for m, n in columns))
+    return "\n".join(lines + ["95 % intervals over instructions; sampled: temperature 1, 8 answers each; greedy tells learning from sharpening"])
+
+
+def win_line(win):
+    """The win rate as one sentence."""
+    return f"win rate against the start, ties as half: {100 * win[0]:.1f} % [{100 * win[1]:.1f}, {100 * win[2]:.1f}]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+def new_run(name, game, settings):
+    """Make runs/<name> and write settings.json; without a name, runs/<game>-<next free number>. Never an existing folder."""
+    if name is not None and (Path(name).name != name or name in ("", ".", "..")):
+        raise UserError(f"--run {name!r} is not a plain folder name")
+    number = 1
+    while True:
+        folder = Path("runs") / (name or f"{game}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if name:
+                raise UserError(f"{folder} exists already: choose another --run, nothing was touched") from None
+            number += 1
+    (folder / "settings.json").write_text(json.dumps(settings | {"torch": torch.__version__}, indent=2) + "\n")
+    return folder
+
+
+def read_metrics(run):
+    """A run's metrics.jsonl as {name: [value a step]}, with "step" among the names."""
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return {k: [r[k] for r in rows] for k in (rows[0] if rows else {})}
+
+
+def draw(runs, path):
+    """Draw the curves of one or several runs into one PNG, smoothed over a twentieth of the run."""
+    import matplotlib  # only who draws needs it
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    panels = {"reward": "reward (right answers)", "quality": "quality (judge)", "valid": "well-formed queries", "spread": "groups with spread",
+              "distinct": "distinct queries", "kl_solver": "KL of the Solver", "kl_challenger": "KL of the Challenger", "answer_tokens": "tokens an answer"}
+    data = {Path(r).name: read_metrics(r) for r in runs}
+    panels = {k: v for k, v in panels.items() if any(k in d for d in data.values())}
+    if not panels:
+        return
+    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(13, 5.5), layout="constrained", squeeze=False)
+    for axis, (key, title) in zip(axes.flat, panels.items()):
+        for i, (name, d) in enumerate(data.items()):
+            if key not in d:
+                continue
+            window = max(1, len(d[key]) // 20)
+            smooth = [sum(d[key][max(0, j - window + 1):j + 1]) / len(d[key][max(0, j - window + 1):j + 1]) for j in range(len(d[key]))]
+            axis.plot(d["step"], d[key], color=f"C{i}", alpha=0.18, linewidth=0.8)
+            axis.plot(d["step"], smooth, color=f"C{i}", label=name)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.set_xlabel("step", fontsize=8)
+        if key in ("reward", "quality", "valid", "spread", "distinct"):
+            axis.set_ylim(-0.03, 1.03)
+        elif key.startswith("kl"):
+            axis.set_ylim(bottom=0)
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def run_main(main):
+    """Run a command's main; a UserError becomes one line on stderr. Returns the exit code: 0, or 2."""
+    try:
+        main()
+        return 0
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="How often is a model right, and how often does it beat another?",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("model", nargs="+", metavar="MODEL", help="folder in Hugging Face layout, hub name, or run folder")
+    parser.add_argument("--against", default=None, metavar="MODEL", help="also score this one, and the win rate of each MODEL against it")
+    parser.add_argument("--items", type=int, default=1000, help="held-out instructions")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--picture", default=None, metavar="PNG", help="where to draw the curves of the runs; default: curves.png in a single run's folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
+    args = parser.parse_args(argv)
+    if args.items < 1:
+        raise UserError("--items must be at least 1")
+    runs = [m for m in args.model if (Path(m) / "metrics.jsonl").is_file()]
+    queries = language.evaluation_set(args.items)
+    rates = {}
+    for i, name in enumerate([*args.model, *([args.against] if args.against else [])]):
+        model, tokenizer = load(Path(name) / "model" if (Path(name) / "metrics.jsonl").is_file() else name, args.device)
+        rates[name] = rate(model, tokenizer, queries, 1000 * args.seed + i)
+        print(f"\n{name}\n{table({name: summary(rates[name], queries)})}")
+    for name in args.model if args.against else []:
+        print(f"\n{name}: " + win_line(win_rate(rates[name]["sampled"], rates[args.against]["sampled"])).replace("the start", args.against))
+    if runs:
+        picture = args.picture or (Path(runs[0]) / "curves.png" if len(runs) == 1 else "curves.png")
+        draw(runs, picture)
+        print(f"curves: {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

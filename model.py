@@ -1,0 +1,590 @@
+"""The player: a Llama decoder in plain PyTorch, and the two things self-play asks of it - to sample, and to score.
+
+    model, tokenizer = load("tiny")                       any folder (or hub name) in Hugging Face layout
+    prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
+    rollout = generate(model, prompts, group=8, max_new_tokens=32)            # ids, log-probabilities, finished
+    for packed in pack(prompts, groups(rollout.ids, 8)):                      # the same ids, ready to be scored
+        lp = logprobs(model, packed)                                          # [n], with a gradient
+    save(model, tokenizer, "folder")                      transformers, vLLM and lm-eval can open it
+
+What was left out to keep this readable: other families than Llama, dropout, attention biases, quantised weights, and
+every sampling filter (top-k, top-p): the ids that were sampled must be scored under the very distribution they came from.
+
+Shapes: B rows, T positions, S cached positions, D width, H heads, K key-value heads, C head size, V vocabulary,
+N prompts, G completions a prompt, n completion tokens of a batch.
+"""
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as TextTokenizer
+from torch import nn
+
+
+class UserError(Exception):
+    """Something the user can mend. Every command prints it as one line and exits with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder
+
+@dataclass
+class Config:
+    """The settings of a Llama, by their names in Hugging Face's config.json."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_json(cls, raw):
+        """Config from a config.json's dict. Raises UserError for what this decoder would compute wrongly."""
+        if raw.get("model_type") != "llama":
+            raise UserError(f"model_type {raw.get('model_type')!r} is not supported: only 'llama' is")
+        for key, supported in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+                               "quantization_config": None, "pretraining_tp": 1}.items():
+            if raw.get(key, supported) != supported:
+                raise UserError(f"config.json: {key} = {raw[key]!r} is not supported (only {supported!r})")
+        rope = raw.get("rope_parameters") or {}  # where transformers 5 keeps both the base and the scaling
+        scaling = raw.get("rope_scaling") or rope
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise UserError(f"config.json: rope scaling {kind!r} is not supported (only 'llama3')")
+        try:
+            heads = raw["num_attention_heads"]
+            config = cls(
+                **{k: raw[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+                num_attention_heads=heads,
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                max_position_embeddings=raw.get("max_position_embeddings", 2048),
+                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),  # transformers' default, where a config is silent
+                rope_theta=raw.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+                rope_scaling=scaling if kind == "llama3" else None,
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            )
+            bad = [k for k, v in vars(config).items() if isinstance(v, int) and v < 1 and k != "tie_word_embeddings"]
+            if bad or heads % config.num_key_value_heads or config.head_dim % 2:
+                raise UserError(f"config.json: sizes do not fit each other (look at {', '.join(bad) or 'the heads'})")
+            return config
+        except KeyError as missing:
+            raise UserError(f"config.json lacks {missing}") from None
+        except TypeError:
+            raise UserError("config.json: a size is not a number") from None
+
+
+def rope_table(config):
+    """cos and sin, each [max positions, C/2]: the angle of every position and frequency (RoFormer; llama3 scaling)."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**half  # [C/2], radians a position
+    if s := config.rope_scaling:  # Llama 3.1: slow the long waves down, keep the short ones, blend in between
+        wave = 2 * math.pi / frequency
+        old, low, high = s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"]
+        blend = ((old / wave - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (blend + (1 - blend) / s["factor"])
+    angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated: k, v [layers, B, K, S, C], of which `length` positions are filled."""
+
+    def __init__(self, config, rows, positions, like):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, positions, config.head_dim)
+        self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
+
+    def extend(self, layer, k, v):
+        """Append k, v [B, K, T, C] of one layer; returns all of that layer's so far, [B, K, length + T, C]."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def rows(self, index, positions=None):
+        """A new cache made of these rows (repeats allowed), with room for `positions`."""
+        new = KVCache.__new__(KVCache)
+        new.length = self.length
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            room = old.new_empty(*old.shape[:1], len(index), old.shape[2], positions or old.shape[3], old.shape[4])
+            room[:, :, :, :self.length] = old[:, index, :, :self.length]
+            setattr(new, name, room)
+        return new
+
+
+class Block(nn.Module):
+    """One layer: attention with grouped key-value heads, then SwiGLU, each behind an RMSNorm and a residual."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.eps = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps
+        self.attention_norm = nn.Parameter(torch.ones(c.hidden_size))
+        self.qkv = nn.Linear(c.hidden_size, (self.heads + 2 * self.kv_heads) * c.head_dim, bias=False)  # one product for three
+        self.out = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
+        self.mlp_norm = nn.Parameter(torch.ones(c.hidden_size))
+        self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)  # one product for two
+        self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache, layer):  # x [B, T, D]; cos, sin [B, 1, T, C/2]; mask [B, 1, T, S] or None
+        B, T, D = x.shape
+        H, K = self.heads, self.kv_heads
+        qkv = self.qkv(F.rms_norm(x, (D,), self.attention_norm, self.eps))
+        qkv = qkv.view(B, T, H + 2 * K, self.head_dim).transpose(1, 2)  # [B, H + 2K, T, C]
+        a, b = qkv[:, :H + K].chunk(2, dim=-1)  # queries and keys are turned together; rotary pairs (i, i + C/2)
+        qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + K:]
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=H != K)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, H * self.head_dim))
+        gate, up = self.gate_up(F.rms_norm(x, (D,), self.mlp_norm, self.eps)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Llama(nn.Module):
+    """A Llama without its sampling: ids in, hidden states out. `head` [V, D] turns those into logits."""
+
+    def __init__(self, config, raw=None):
+        super().__init__()
+        self.config, self.raw = config, raw or {}  # raw: config.json as it was read, so that it is saved as it was
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        cos, sin = rope_table(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    @property
+    def head(self):
+        """The output matrix [V, D]: the embedding itself where the two are tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, ids, positions=None, mask=None, cache=None):
+        """Hidden states [B, T, D] of ids [B, T].
+
+        positions [B, T]: each token's place in its own text (default 0..T-1).
+        mask [B, 1, T, S], True where a token may look; None means causal, and needs an empty cache or T = 1.
+        cache: a KVCache to read and extend.
+        Raises UserError for a text longer than the model's context.
+        """
+        past = cache.length if cache else 0
+        if past + ids.shape[1] > len(self.cos) and (positions is None or int(positions.max()) >= len(self.cos)):
+            raise UserError(f"text of {past + ids.shape[1]} tokens is longer than the model's context of {len(self.cos)}")
+        if positions is None:
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # [B, 1, T, C/2]
+        x = self.embed(ids)  # [B, T, D]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos.to(x.dtype), sin.to(x.dtype), mask, cache, layer)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
+
+    def logits(self, ids, **kwargs):
+        """Logits [B, T, V] of ids [B, T]: for looking and for tests. Training and sampling never hold all of them."""
+        return F.linear(self(ids, **kwargs), self.head)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+class Rollout(NamedTuple):
+    """What `generate` returns, one entry a row; the rows of a prompt's group stand together."""
+    ids: list  # list[int], the end token included
+    logprobs: list  # Tensor [tokens], of each id under the distribution it was sampled from
+    finished: list  # bool, False where max_new_tokens cut it
+
+
+def groups(rows, size):
+    """[[first `size` rows], [next `size` rows], ...]"""
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+@torch.no_grad()
+def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, generator=None, end_ids=None):
+    """Sample `group` completions of each prompt: Rollout with N * group rows.
+
+    prompts: list of N lists of ids, of any lengths. temperature 0 takes the likeliest id (its log-probabilities are then
+    those of temperature 1). generator: torch.Generator on the model's device. end_ids: default model.end_ids.
+    Every prompt is computed once and its cache handed to its whole group; rows that ended leave the batch.
+    """
+    if not all(prompts):
+        raise UserError("cannot sample from an empty prompt")
+    device, N = model.embed.weight.device, len(prompts)
+    ends = torch.tensor(sorted(model.end_ids if end_ids is None else end_ids), device=device)
+    P = max(map(len, prompts))
+    # Left-padded, so that all rows append at the same place: [N, P], and which of those places are real.
+    ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)
+    real = torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p in prompts], device=device)
+    position = real.cumsum(1).sub(1).clamp(min=0)  # [N, P]
+    padded = not bool(real.all())
+    causal = torch.ones(P, P, dtype=torch.bool, device=device).tril()
+    # Padding looks at itself only, which keeps the softmax finite; no real token looks at padding.
+    mask = (causal & real[:, None, None, :]) | torch.eye(P, dtype=torch.bool, device=device) if padded else None
+
+    prefill = KVCache(model.config, N, P, model.embed.weight)
+    x = model(ids, position, mask, prefill)[:, -1]  # [N, D]
+    owner = torch.arange(N, device=device).repeat_interleave(group)  # [B], B = N * group
+    x, position, real = x[owner], position[owner, -1], real[owner]
+    cache = prefill.rows(owner, P + max_new_tokens)
+    del prefill
+
+    out = torch.zeros(N * group, max_new_tokens, dtype=torch.long, device=device)
+    out_lp = torch.zeros(N * group, max_new_tokens, device=device)
+    length = torch.full((N * group,), max_new_tokens, device=device)
+    finished = torch.zeros(N * group, dtype=torch.bool, device=device)
+    row = torch.arange(N * group, device=device)  # the output row of each row still in the batch
+    for t in range(max_new_tokens):
+        logits = F.linear(x, model.head).float()  # [B, V]
+        lp = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
+        token = torch.multinomial(lp.exp(), 1, generator=generator)[:, 0] if temperature > 0 else lp.argmax(-1)  # [B]
+        going = ~finished[row]
+        out[row[going], t] = token[going]
+        out_lp[row[going], t] = lp.gather(1, token[:, None])[:, 0][going]
+        ended = going & torch.isin(token, ends)
+        finished[row[ended]] = True
+        length[row[ended]] = t + 1
+        left = int((going & ~ended).sum())
+        if left == 0 or t == max_new_tokens - 1:
+            break
+        if left <= 0.8 * len(row):  # moving the cache costs about one step, so not for every row that ends
+            keep = (going & ~ended).nonzero()[:, 0]
+            row, token, position, real, cache = row[keep], token[keep], position[keep], real[keep], cache.rows(keep)
+        position = position + 1
+        if padded:
+            real = F.pad(real, (0, 1), value=True)
+        x = model(token[:, None], position[:, None], real[:, None, None, :] if padded else None, cache)[:, 0]  # [B, D]
+    length = length.tolist()
+    return Rollout([r[:n] for r, n in zip(out.tolist(), length)], [r[:n] for r, n in zip(out_lp, length)], finished.tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring: log-probabilities of given completions
+
+class Packed(NamedTuple):
+    """Rows of `one prompt + several of its completions`, side by side: each completion sees the prompt and itself.
+
+    The prompt is computed once for its group, forward and backward. A completion's last token is scored but never read,
+    so it is left out of the row.
+    """
+    ids: torch.Tensor  # [B, T]
+    positions: torch.Tensor  # [B, T]
+    segment: torch.Tensor  # [B, T], 0 the prompt, 1.. the completions, -1 padding
+    source: torch.Tensor  # [n], where in B * T the state stands that predicts each completion token
+    target: torch.Tensor  # [n], the completion token
+    owner: torch.Tensor  # [n], which completion it belongs to, counted over all prompts in order
+
+
+def pack(prompts, completions, tokens=2048, device="cpu"):
+    """Lay prompts and their completions out as micro-batches of at most about `tokens` positions, padding included.
+
+    prompts: N lists of ids. completions: N lists of lists of ids (groups may differ in size). Returns a list of Packed.
+    Rows of similar length share a micro-batch; `owner` says which token is whose, so order and split change no result.
+    """
+    rows, count = [], 0
+    for prompt, group in zip(prompts, completions, strict=True):
+        if not prompt or not all(group):
+            raise UserError("cannot score an empty prompt or completion")
+        row = None
+        for completion in group:
+            read = completion[:-1]
+            if row is None or len(row[0]) + len(read) > max(tokens // 2, len(prompt) + len(read)):
+                row = ([*prompt], [*range(len(prompt))], [0] * len(prompt), [], [], [])
+                rows.append(row)
+            ids, positions, segment, source, target, owner = row
+            source += [len(prompt) - 1, *range(len(ids), len(ids) + len(read))]
+            target += completion
+            owner += [count] * len(completion)
+            ids += read
+            positions += range(len(prompt), len(prompt) + len(read))
+            segment += [segment[-1] + 1 if read else segment[-1]] * len(read)
+            count += 1
+    rows.sort(key=lambda row: len(row[0]))
+    batches, batch = [], []
+    for row in rows:  # sorted, so the last row of a batch is its longest
+        if batch and len(row[0]) * (len(batch) + 1) > tokens:
+            batches.append(batch)
+            batch = []
+        batch.append(row)
+    return [_stack(batch, device) for batch in batches + [batch] if batch]
+
+
+def _stack(rows, device):
+    T = max(len(row[0]) for row in rows)
+    padded = lambda i, fill: torch.tensor([row[i] + [fill] * (T - len(row[i])) for row in rows], device=device)
+    flat = lambda i: torch.tensor([x for row in rows for x in row[i]], device=device)
+    source = torch.tensor([b * T + s for b, row in enumerate(rows) for s in row[3]], device=device)
+    return Packed(padded(0, 0), padded(1, 0), padded(2, -1), source, flat(4), flat(5))
+
+
+def states(model, packed, prefix=None):
+    """The hidden state [n, D] from which each completion token of a Packed is predicted.
+
+    prefix: a KVCache of one row that stands before every prompt (a rubric), computed once and only read here.
+    """
+    B, T = packed.ids.shape
+    segment = packed.segment
+    mask = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # [B, T, T]: the prompt, or my own
+    mask = mask & torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+    cache, positions = None, packed.positions
+    if prefix is not None:
+        cache = prefix.rows(torch.zeros(B, dtype=torch.long, device=mask.device), prefix.length + T)
+        mask = F.pad(mask, (prefix.length, 0), value=True)  # [B, T, S]
+        positions = positions + prefix.length
+    hidden = model(packed.ids, positions, mask[:, None], cache)  # [B, T, D]
+    return hidden.flatten(0, 1)[packed.source]
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ head.T / temperature)[target] without ever holding [n, V]: chunks, computed again backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, target, temperature, chunk):  # [n, D], [V, D], [n] -> [n]
+        out, lse = hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(len(hidden), dtype=torch.float32)
+        for i in range(0, len(hidden), chunk):
+            part = slice(i, i + chunk)
+            logits = (hidden[part] @ head.T).float() / temperature  # [chunk, V]
+            lse[part] = logits.logsumexp(-1)
+            out[part] = logits.gather(1, target[part, None])[:, 0] - lse[part]
+        ctx.save_for_backward(hidden, head, target, lse)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # [n]
+        hidden, head, target, lse = ctx.saved_tensors
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+        for i in range(0, len(hidden), ctx.chunk):
+            part = slice(i, i + ctx.chunk)
+            logits = (hidden[part] @ head.T).float() / ctx.temperature
+            d = -(logits - lse[part, None]).exp()  # d out / d logits = onehot(target) - softmax
+            d.scatter_add_(1, target[part, None], torch.ones_like(d[:, :1]))
+            d = (d * (grad[part, None] / ctx.temperature)).to(hidden.dtype)  # [chunk, V]
+            d_hidden[part] = d @ head
+            d_head += d.T @ hidden[part]
+        return d_hidden, d_head.to(head.dtype), None, None, None
+
+
+def logprobs(model, packed, temperature=1.0, chunk=1024):
+    """Log-probability [n] (natural log, float32) of each completion token of a Packed, with a gradient.
+
+    temperature: the one the completions were sampled with, so that what is trained is what was played.
+    chunk: how many tokens' logits are alive at once.
+    """
+    return TokenLogprobs.apply(states(model, packed), model.head, packed.target, temperature, chunk)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+class Tokenizer:
+    """A model folder's tokenizer.json and chat template."""
+
+    MARK = "\ue000"  # a private character that breaks up text which would spell a special token
+
+    def __init__(self, folder):
+        folder, settings = Path(folder), _read_json(Path(folder) / "tokenizer_config.json")
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: tokenizer.json is missing")
+        try:
+            self.text = TextTokenizer.from_file(str(path))
+        except Exception as error:  # the tokenizers library raises nothing more specific
+            raise UserError(f"{path}: not a tokenizer ({_line(error)})") from None
+        self.special = {t.content: i for i, t in self.text.get_added_tokens_decoder().items() if t.special}
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")") if self.special else None
+        name = lambda t: t["content"] if isinstance(t, dict) else t  # older files hold a dict for each
+        self.names = {k: name(settings.get(k)) or "" for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text()
+        if not template:
+            raise UserError(f"{folder}: no chat_template in tokenizer_config.json: is this an instruct model?")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise_template_error
+        try:
+            self.template = environment.from_string(template)
+        except TemplateError as error:
+            raise UserError(f"{folder}: the chat template does not compile ({_line(error)})") from None
+
+    def encode(self, text):
+        """Ids of plain text: nothing in it becomes a special token, nothing is put before or after it."""
+        self.text.encode_special_tokens = True
+        return self.text.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """Text of ids, special tokens left out."""
+        return self.text.decode(list(ids), skip_special_tokens=True)
+
+    def chat(self, messages, add_generation_prompt=True):
+        """Ids of a conversation, [{"role": .., "content": ..}, ..], as the model folder's own template writes it.
+
+        Special tokens come from the template alone: text that spells one stays text. Raises UserError where the template
+        refuses the conversation.
+        """
+        safe = [{**m, "content": self._disarm(m["content"])} for m in messages]
+        try:
+            text = self.template.render(messages=safe, add_generation_prompt=add_generation_prompt, **self.names)
+        except (TemplateError, TypeError) as error:
+            raise UserError(f"the chat template failed: {_line(error)}") from None
+        parts = self._split.split(text) if self._split else [text]  # text, special, text, special, ..
+        ids = []
+        for i, part in enumerate(parts):
+            ids += [self.special[part]] if i % 2 else self.encode(part.replace(self.MARK, "")) if part else []
+        return ids
+
+    def _disarm(self, text):
+        text = text.replace(self.MARK, "")
+        return self._split.sub(lambda m: m[0][0] + self.MARK + m[0][1:], text) if self._split else text
+
+
+def _raise_template_error(message):
+    raise TemplateError(message)
+
+
+def _line(error):
+    """An error's message on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: {path.name} is missing") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as JSON ({_line(error)})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files in Hugging Face layout
+
+def _weight_map(config):
+    """Our parameter name -> the Hugging Face names whose rows it stacks, with the rows of each."""
+    kv, names = config.num_key_value_heads * config.head_dim, {}
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+        names[ours + "attention_norm"] = {theirs + "input_layernorm.weight": None}
+        names[ours + "qkv.weight"] = {theirs + "self_attn.q_proj.weight": config.num_attention_heads * config.head_dim,
+                                      theirs + "self_attn.k_proj.weight": kv, theirs + "self_attn.v_proj.weight": kv}
+        names[ours + "out.weight"] = {theirs + "self_attn.o_proj.weight": None}
+        names[ours + "mlp_norm"] = {theirs + "post_attention_layernorm.weight": None}
+        names[ours + "gate_up.weight"] = {theirs + "mlp.gate_proj.weight": config.intermediate_size,
+                                          theirs + "mlp.up_proj.weight": config.intermediate_size}
+        names[ours + "down.weight"] = {theirs + "mlp.down_proj.weight": None}
+    names |= {"embed.weight": {"model.embed_tokens.weight": None}, "norm": {"model.norm.weight": None}}
+    if not config.tie_word_embeddings:
+        names["lm_head.weight"] = {"lm_head.weight": None}
+    return names
+
+
+def _read_weights(folder):
+    """All tensors of a folder's model.safetensors, or of the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if not (folder / shards[0]).is_file() and index.is_file():
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    tensors = {}
+    for shard in shards:
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise UserError(f"{folder}: {shard} is missing")
+        try:
+            with safe_open(folder / shard, "pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise UserError(f"{folder / shard}: cut short or not safetensors ({_line(error)})") from None
+    return tensors
+
+
+def load(name, device="cpu", dtype=torch.float32):
+    """(model, tokenizer) of a folder in Hugging Face layout, or of a model on the hub ("org/name").
+
+    Nothing is fetched unless `name` is no folder and looks like a hub name. The model carries `end_ids` (set of int).
+    Raises UserError, one line, for whatever is missing, unsupported or does not fit.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
+            raise UserError(f"{name}: no such model folder")
+        folder = _fetch(str(name))
+    raw = _read_json(folder / "config.json")
+    config = Config.from_json(raw)
+    tensors = _read_weights(folder)
+    with torch.device("meta"):
+        model = Llama(config, raw)
+    weights, used = {}, set()
+    for ours, parts in _weight_map(config).items():
+        if missing := [n for n in parts if n not in tensors]:
+            raise UserError(f"{folder}: the weights lack {missing[0]}")
+        weights[ours] = torch.cat([tensors[n] for n in parts]) if len(parts) > 1 else tensors[next(iter(parts))]
+        expected = model.get_parameter(ours).shape
+        if weights[ours].shape != expected:
+            raise UserError(f"{folder}: {' + '.join(parts)} is {list(weights[ours].shape)}, config.json asks for {list(expected)}")
+        used |= parts.keys()
+    extra = [n for n in tensors if n not in used and not n.endswith("rotary_emb.inv_freq") and n != "lm_head.weight"]
+    if extra:
+        raise UserError(f"{folder}: weights that no Llama has: {extra[0]}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else ""))
+    model.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
+    model.cos, model.sin = rope_table(config)
+    model = model.to(device)
+    tokenizer = Tokenizer(folder)
+    settings = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    ends = settings.get("eos_token_id", raw.get("eos_token_id"))
+    ends = [tokenizer.special.get(tokenizer.names["eos_token"])] if ends is None else ends
+    model.end_ids = {e for e in (ends if isinstance(ends, list) else [ends]) if e is not None}
+    if not model.end_ids:
+        raise UserError(f"{folder}: no end token: give eos_token_id in generation_config.json")
+    if tokenizer.text.get_vocab_size() > config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer knows {tokenizer.text.get_vocab_size()} ids, the model {config.vocab_size}")
+    model.folder = folder
+    return model, tokenizer
+
+
+def _fetch(name):
+    from huggingface_hub import snapshot_download  # only who names a hub model needs it
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except Exception as error:  # the hub's many errors (no network, gated, unknown name) share no narrower base
+        raise UserError(f"{name}: no such folder here, and the hub did not give it ({_line(error)}); "
+                        "offline, name a local folder instead") from None
+
+
+def save(model, tokenizer, folder):
+    """Write model and tokenizer to a new or existing folder in Hugging Face layout."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for ours, parts in _weight_map(model.config).items():
+        weight = model.get_parameter(ours).detach().cpu()
+        split = weight.split(list(parts.values())) if len(parts) > 1 else [weight]
+        tensors |= {name: piece.contiguous().clone() for name, piece in zip(parts, split)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    raw = {**model.raw, "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json"):
+        if (model.folder / name).is_file() and model.folder.resolve() != folder.resolve():
+            shutil.copyfile(model.folder / name, folder / name)

@@ -1,0 +1,113 @@
+"""The referees: who says what an answer is worth.
+
+A referee is any callable (queries, answers) -> Tensor [N, G]:
+    queries: list of N texts; answers: N lists of G texts; result: a finite number for each answer, higher is better.
+
+    ExactReward     the embedded language's own solver: 1 for the right answer, else 0
+    QualityReward   LSP's self-reward: the frozen reference model as a judge, on the rubric's scale of 0 to 7
+    load_referee    yours: `--reward file.py:function`
+"""
+import importlib.util
+from os.path import commonprefix
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model import KVCache, UserError, pack, states
+from tiny import language
+
+
+class ExactReward:
+    """1 for the right answer to a well-formed instruction of the embedded language, else 0.
+
+    A query with no right answer pays 0, whatever is answered.
+    """
+
+    def __call__(self, queries, answers):
+        right = [language.solve(q) for q in queries]
+        return torch.tensor([[float(r is not None and a == r) for a in group] for r, group in zip(right, answers)])
+
+    def valid(self, queries):
+        """Which queries have a right answer, [N] of bool. A referee without this method leaves that figure out."""
+        return [language.solve(q) is not None for q in queries]
+
+
+class QualityReward:
+    """The quality self-reward R_Q of LSP (arXiv 2509.07414): the reference model grades an exchange by a 7-point rubric.
+
+    Returned as a share of the seven points, 0 to 1, so that weight 1 puts it beside a reward of 0 to 1. Instead of
+    sampling one score, its expectation over the digits 0 to 7 is taken from one forward pass: no noise, nothing to parse,
+    and no malformed score. The rubric stands first in the prompt and is computed once for good; the query once for its
+    group.
+    """
+
+    def __init__(self, reference, tokenizer, prompt=language.JUDGE_PROMPT, exchange=language.JUDGE_EXCHANGE):
+        """reference: the frozen judge. prompt: the rubric. exchange: a text with {query} and {answer} in that order."""
+        self.model, self.tokenizer, self.prompt, self.exchange = reference, tokenizer, prompt, exchange
+        digits = [tokenizer.encode(str(d)) for d in range(8)]
+        if any(len(d) != 1 for d in digits):
+            raise UserError("this model's tokenizer has no single token for each digit 0 to 7, which the judge needs")
+        self.device = reference.embed.weight.device
+        self.digits = torch.tensor([d[0] for d in digits], device=self.device)  # [8]
+        self.rubric = commonprefix([self._ids("a", "a"), self._ids("b", "b")])
+        self.cache = KVCache(reference.config, 1, len(self.rubric), reference.embed.weight)
+        with torch.no_grad():
+            reference(torch.tensor([self.rubric], device=self.device), cache=self.cache)
+
+    def _ids(self, query, answer):
+        exchange = self.exchange.format(query=query, answer=answer)
+        return self.tokenizer.chat([{"role": "system", "content": self.prompt}, {"role": "user", "content": exchange}])
+
+    @torch.no_grad()
+    def __call__(self, queries, answers):
+        rows = [[self._ids(q, a) for a in group] for q, group in zip(queries, answers)]
+        rubric = len(commonprefix([self.rubric, *(row for group in rows for row in group)]))
+        prefix = self.cache.rows(torch.zeros(1, dtype=torch.long, device=self.device))
+        prefix.length = rubric  # shorter only if an odd text changed how the rubric's last token is cut
+        prompts, rests = [], []
+        for group in rows:
+            # The answers' common part is their prompt; a stand-in digit after each makes the last state a scored one.
+            shared = min(len(commonprefix(group)), min(map(len, group)) - 1)
+            prompts.append(group[0][rubric:shared])
+            rests.append([row[shared:] + [0] for row in group])
+        G, scores = len(answers[0]), torch.zeros(len(queries) * len(answers[0]), device=self.device)
+        for packed in pack(prompts, rests, device=self.device):
+            last = F.pad(packed.owner[1:] != packed.owner[:-1], (0, 1), value=True)  # each answer's stand-in digit
+            hidden = states(self.model, packed, prefix)[last]  # [answers of this micro-batch, D]
+            p = F.linear(hidden, self.model.head[self.digits]).float().softmax(-1)  # [.., 8], among the digits alone
+            scores[packed.owner[last]] = p @ torch.arange(8.0, device=self.device)
+        return scores.view(-1, G).cpu() / 7
+
+
+def load_referee(spec):
+    """A user's referee, "file.py:function". Its code is run: name only files you trust. Raises UserError."""
+    path, _, name = spec.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise UserError(f"--reward {spec}: expected file.py:function, and no file {path or spec!r} is here")
+    module_spec = importlib.util.spec_from_file_location("user_reward", path)
+    if module_spec is None:
+        raise UserError(f"--reward {spec}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise UserError(f"--reward {spec}: {path} does not load ({error})") from None
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"--reward {spec}: {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+def judged(referee, queries, answers):
+    """The referee's rewards as float32 [N, G] on the CPU. Raises UserError for a wrong shape, NaN or infinity."""
+    name = getattr(referee, "__name__", type(referee).__name__)
+    rewards, shape = referee(queries, answers), [len(queries), len(answers[0])]
+    try:
+        rewards = torch.as_tensor(rewards, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"the reward {name} returned {type(rewards).__name__}, not numbers of shape {shape}") from None
+    if list(rewards.shape) != shape:
+        raise UserError(f"the reward {name} returned shape {list(rewards.shape)}; expected one number an answer, {shape}")
+    if not rewards.isfinite().all():
+        raise UserError(f"the reward {name} returned NaN or infinity")
+    return rewards

@@ -1,0 +1,279 @@
+"""Language Self-Play (LSP, arXiv 2509.07414): one Llama writes queries, answers them, and learns from both.
+
+    python selfplay.py --steps 500                 LSP on the embedded default
+    python selfplay.py --game lsp-zero             without the quality self-reward
+    python selfplay.py --game grpo                 the baseline: the same loss on instructions drawn from data
+
+One step, with N queries q_i of the Challenger and G answers a_ij of the Solver to each:
+
+    V(q_i)          = mean_j R(q_i, a_ij)                                       how well the query was answered
+    A_Sol(q_i,a_ij) = R(q_i, a_ij) - V(q_i)                                     better than the group?
+    A_Ch(q_i)       = mean_k V(q_k) - V(q_i)                                    harder than the other queries?
+    L_Sol = -1/(NG) sum_ij [ pi/sg(pi) A_Sol ] + beta KL(pi_Sol, pi_Ref)
+    L_Ch  = -1/N    sum_i  [ pi/sg(pi) A_Ch  ] + beta KL(pi_Ch, pi_Ref)
+    L     = L_Sol + alpha_Ch L_Ch
+
+LSP adds the judge's quality R_Q to every R of the Solver and its mean V_Q to the Challenger's pay, before the centring.
+One gradient step a batch, so the ratio pi/sg(pi) is 1 and only its gradient counts.
+
+What the paper leaves open, and what stands here: G 8; alpha_Ch 0.03 (more, and the Challenger runs ahead to what nobody
+can answer); advantages centred, not divided by their deviation; log-probabilities summed over tokens; temperature 1 for
+both; AdamW, learning rate falling to 0; a stronger KL for the Challenger. `-h` says how to change each.
+"""
+import argparse
+import copy
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import evaluate
+from model import UserError, generate, groups, load, logprobs, pack, save
+from rewards import ExactReward, QualityReward, judged, load_referee
+from tiny import language
+
+# What the Challenger is paid for a query, by V [N], its mean reward: p, the share of right answers, if rewards are 0 or 1.
+# All but LSP's peak at middling difficulty: a query that nobody answers teaches nothing.
+PAY = {
+    "minimax": lambda p: -p,  # LSP, 2509.07414: as hard as possible
+    "r-zero": lambda p: 1 - 2 * (p - 0.5).abs(),  # R-Zero, 2508.05004, without its penalty for repetition
+    "absolute-zero": lambda p: torch.where((p == 0) | (p == 1), 0.0, 1 - p),  # Absolute Zero, 2505.03335
+    "sqlm": lambda p: ((p > 0) & (p < 1)).float(),  # SQLM, 2508.03682
+    "spice": lambda p: torch.exp(-((p * (1 - p) - 0.25) ** 2) / (2 * 0.01)),  # SPICE, 2510.24684
+}
+
+# How a completion's token terms are weighted, by its length T [M], before the mean over completions.
+AGGREGATE = {
+    "sum": lambda T: torch.ones_like(T),  # the paper's: a text's log-probability is the sum over its tokens
+    "mean": lambda T: 1 / T,  # GRPO's: long wrong answers are punished less for each token
+    "token": lambda T: (len(T) / T.sum()).expand_as(T),  # DAPO's: every token of the batch counts the same
+}
+
+# The KL term of a token, from d = log pi_Ref - log pi.
+KL = {
+    "k3": lambda d: d.exp() - d - 1,  # never negative, and its gradient pulls pi towards pi_Ref
+    "literal": lambda d: -d,  # as the paper prints it: on-policy, its expected gradient is 0; it only adds noise
+}
+
+
+class Player(NamedTuple):
+    """One player's part in a step: what it was given, what it sampled, and how well that went."""
+    prompts: list  # lists of ids
+    completions: list  # a list of lists of ids for each prompt
+    finished: list  # bool for each completion
+    advantage: torch.Tensor = None  # [M], M completions in order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# play -> score -> update
+
+def play(model, tokenizer, args, generator, rng):
+    """Both players' moves: (queries, answers, challenger or None, solver). One prompt for the Challenger, N for the Solver."""
+    challenger = None
+    if args.game == "grpo":
+        queries = [language.draw(rng) for _ in range(args.queries)]
+    else:
+        prompt = tokenizer.chat([{"role": "user", "content": language.CHALLENGER_PROMPT}])
+        out = generate(model, [prompt], args.queries, args.query_tokens, args.temperature, generator)
+        challenger = Player([prompt], [out.ids], out.finished)
+        queries = [tokenizer.decode(ids) for ids in out.ids]
+    # The query goes in as plain text of a user turn: nothing the Challenger wrote can become a special token.
+    prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
+    out = generate(model, prompts, args.answers, args.answer_tokens, args.temperature, generator)
+    answers = groups([tokenizer.decode(ids) for ids in out.ids], args.answers)
+    return queries, answers, challenger, Player(prompts, groups(out.ids, args.answers), out.finished)
+
+
+def advantages(reward, quality, pay, normalise="centre"):
+    """(A_Sol [N, G], A_Ch [N]) from rewards R [N, G] and qualities R_Q [N, G] (already weighted; 0 for LSP-Zero).
+
+    pay: one of PAY's functions. LSP section 2: both players' sums are formed first, then centred; A_Sol over each group,
+    A_Ch over the batch. normalise "std" divides by the deviation, as GRPO does: then, where all answers are wrong, the
+    judge's small noise is the whole signal.
+    """
+    solver = reward + quality  # R + R_Q
+    challenger = pay(reward.mean(1)) + quality.mean(1)  # -V + V_Q for LSP
+    a_sol = solver - solver.mean(1, keepdim=True)
+    a_ch = challenger - challenger.mean()
+    if normalise == "std":
+        a_sol = a_sol / (solver.std(1, keepdim=True, correction=0) + 1e-4)
+        a_ch = a_ch / (challenger.std(correction=0) + 1e-4)
+    return a_sol, a_ch
+
+
+def player_loss(lp, ref, owner, advantage, beta, aggregate="sum", kl="k3"):
+    """L_Sol or L_Ch over the completions of one micro-batch: (loss, sum of the tokens' KL terms).
+
+    lp, ref: log-probabilities [n] under policy and reference. owner [n]: whose token. advantage [M]: of all M completions
+    of the player, so that the micro-batches' losses add up to the whole. LSP section 2, the loss of either player.
+    """
+    M = len(advantage)
+    total = torch.zeros(M, device=lp.device).index_add(0, owner, lp)  # log pi(text) = sum over its tokens
+    ratio = (total - total.detach()).exp()  # pi / sg(pi): 1, with the gradient of log pi
+    term = KL[kl](ref - lp)  # [n]
+    penalty = torch.zeros(M, device=lp.device).index_add(0, owner, term)
+    length = torch.zeros(M, device=lp.device).index_add(0, owner, torch.ones_like(lp))
+    here = length > 0  # completions of other micro-batches have no tokens here
+    weight = AGGREGATE[aggregate](length[here])
+    return (weight * (beta * penalty - ratio * advantage)[here]).sum() / M, term.detach().sum()
+
+
+def score(queries, answers, referee, judge, args):
+    """(R [N, G], weighted R_Q [N, G], A_Sol [N, G], A_Ch [N]) of a step's texts."""
+    reward = judged(referee, queries, answers)
+    quality = judged(judge, queries, answers) * args.quality if judge else torch.zeros_like(reward)
+    return reward, quality, *advantages(reward, quality, PAY[args.pay], args.advantage)
+
+
+def update(model, reference, optimizer, players, args):
+    """One optimizer step on L_Sol + alpha_Ch L_Ch: {name: (loss, KL a token)}, gradient norm before clipping.
+
+    players: {"solver": (Player, weight, beta), "challenger": ..}.
+    """
+    device, report = model.embed.weight.device, {}
+    for name, (player, alpha, beta) in players.items():
+        advantage, loss_sum, kl_sum, tokens = player.advantage.to(device), 0.0, 0.0, 0
+        for packed in pack(player.prompts, player.completions, args.micro_batch, device):
+            with torch.no_grad():
+                ref = logprobs(reference, packed, args.temperature)
+            lp = logprobs(model, packed, args.temperature)
+            loss, kl = player_loss(lp, ref, packed.owner, advantage, beta, args.aggregate, args.kl_form)
+            (alpha * loss).backward()
+            loss_sum, kl_sum, tokens = loss_sum + loss.item(), kl_sum + kl.item(), tokens + len(lp)
+        report[name] = (loss_sum, kl_sum / tokens)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return report, norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For people
+
+def game_text(step, query, answers, reward, quality, a_sol, pay, valid):
+    """One game as a person would want to read it."""
+    mark = {True: "", False: "   (no such task: it has no right answer)", None: ""}[valid]
+    lines = [f"step {step}  query: {query}{mark}"]
+    rows = {}
+    for a, r, rq, adv in zip(answers, reward.tolist(), quality.tolist(), a_sol.tolist()):
+        rows.setdefault((a, r, rq, adv), []).append(a)
+    for (a, r, rq, adv), same in sorted(rows.items(), key=lambda item: -item[0][3]):
+        times = f" x{len(same)}" if len(same) > 1 else ""
+        lines.append(f"    {'+' if r > 0 else '-'} {(a or '(nothing)') + times:<32} reward {r:.2f}  quality {rq:.2f}  advantage {adv:+.2f}")
+    return "\n".join(lines + [f"    the Challenger's advantage for this query: {pay:+.2f}"])
+
+
+def parse_args(argv=None):
+    positive = lambda kind: lambda text: _positive(kind, text)
+    at_least_zero = lambda text: _positive(float, text, zero=True)
+    parser = argparse.ArgumentParser(description="Language Self-Play: a Llama that learns by asking itself ever harder questions.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    g = parser.add_argument_group("the game")
+    g.add_argument("--game", choices=["lsp", "lsp-zero", "grpo"], default="lsp", help="lsp-zero: no quality self-reward; grpo: instructions from data, no Challenger")
+    g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
+    g.add_argument("--reward", default="exact", help="who judges answers: exact (the embedded language's solver) or file.py:function")
+    g.add_argument("--pay", choices=list(PAY), default="minimax", help="what the Challenger is paid for a query")
+    g.add_argument("--steps", type=positive(int), default=500, help="optimizer steps, one batch of games each")
+    g.add_argument("--queries", type=positive(int), default=32, metavar="N", help="queries a step")
+    g.add_argument("--answers", type=positive(int), default=8, metavar="G", help="answers to each query")
+    g.add_argument("--temperature", type=positive(float), default=1.0, help="of sampling and of training alike")
+    g.add_argument("--query-tokens", type=positive(int), default=48, help="longest query")
+    g.add_argument("--answer-tokens", type=positive(int), default=32, help="longest answer")
+    g = parser.add_argument_group("the loss")
+    g.add_argument("--lr", type=positive(float), default=1e-4, help="learning rate at the start; it falls to 0 linearly")
+    g.add_argument("--alpha-ch", type=at_least_zero, default=0.03, help="weight of the Challenger's loss")
+    g.add_argument("--quality", type=at_least_zero, default=1.0, help="weight of the quality self-reward (lsp only)")
+    g.add_argument("--kl", type=at_least_zero, default=0.02, help="beta of the Solver's KL to the starting model")
+    g.add_argument("--kl-challenger", type=at_least_zero, default=0.1, help="beta of the Challenger's; the paper uses one for both")
+    g.add_argument("--kl-form", choices=list(KL), default="k3", help="literal: as printed in the paper; its mean gradient is zero")
+    g.add_argument("--advantage", choices=["centre", "std"], default="centre", help="std: also divide by the deviation, as GRPO does")
+    g.add_argument("--aggregate", choices=list(AGGREGATE), default="sum", help="how a text's tokens add up: sum (LSP), mean of its own (GRPO), mean of all (DAPO)")
+    g.add_argument("--clip", type=positive(float), default=1.0, help="largest gradient norm")
+    g = parser.add_argument_group("the run")
+    g.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    g.add_argument("--run", default=None, help="name of the run's folder below runs/; default: the game and the next free number")
+    g.add_argument("--show-every", type=positive(int), default=100, help="print one game every so many steps")
+    g.add_argument("--eval-items", type=positive(int), default=500, help="held-out instructions for the score before and after")
+    g.add_argument("--micro-batch", type=positive(int), default=2048, help="token positions computed at once; changes memory and speed only")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
+    return parser.parse_args(argv)
+
+
+def _positive(kind, text, zero=False):
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (0 < value < float("inf") or zero and value == 0):
+        raise argparse.ArgumentTypeError(f"{text} is not {'zero or more' if zero else 'above zero'}")
+    return value
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    model, tokenizer = load(args.model, args.device)
+    reference = copy.deepcopy(model).requires_grad_(False)  # the starting model: KL anchor, judge, and opponent at the end
+    referee = ExactReward() if args.reward == "exact" else load_referee(args.reward)
+    judge = QualityReward(reference, tokenizer) if args.game == "lsp" and args.quality > 0 else None
+    folder = evaluate.new_run(args.run, args.game, vars(args))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: max(0.0, 1 - i / args.steps))
+    print(f"{args.game} on {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, into {folder}")
+    print("the loss is about 0 all along, and that is right: the ratio is 1 and advantages are centred; its gradient is not 0")
+
+    began, bar = time.time(), tqdm(range(1, args.steps + 1), unit="step", disable=None, dynamic_ncols=True)
+    done = 0
+    with open(folder / "metrics.jsonl", "w") as metrics_file, open(folder / "games.jsonl", "w") as games_file:
+        try:
+            for step in bar:
+                step_began = time.time()
+                queries, answers, challenger, solver = play(model, tokenizer, args, generator, rng)
+                reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args)
+                players = {"solver": (solver._replace(advantage=a_sol.flatten()), 1.0, args.kl)}
+                if challenger:
+                    players["challenger"] = (challenger._replace(advantage=a_ch), args.alpha_ch, args.kl_challenger)
+                losses, norm = update(model, reference, optimizer, players, args)
+                schedule.step()
+
+                valid = referee.valid(queries) if hasattr(referee, "valid") else [None] * len(queries)
+                row = {"step": step, "reward": reward.mean().item(), "quality": quality.mean().item() if judge else None,
+                       "valid": sum(valid) / len(valid) if None not in valid else None, "distinct": len(set(queries)) / len(queries),
+                       "spread": (reward.std(1, correction=0) > 0).float().mean().item(),  # groups that teach the Solver
+                       "answer_tokens": sum(len(c) for g in solver.completions for c in g) / len(solver.finished),
+                       "cut": 1 - sum(solver.finished) / len(solver.finished),
+                       **{f"{part}_{name}": v for name, pair in losses.items() for part, v in zip(("loss", "kl"), pair)},
+                       "gradient_norm": norm, "seconds": time.time() - step_began}
+                metrics_file.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
+                games = [{"query": q, "valid": v, "answers": a, "reward": r, "quality": rq, "challenger_advantage": c} for q, v, a, r, rq, c in zip(
+                    queries, valid, answers, reward.tolist(), [[round(x, 3) for x in row] for row in quality.tolist()], a_ch.tolist())]
+                games_file.write(json.dumps({"step": step, "games": games}) + "\n")
+                done = step
+                bar.set_postfix_str("  ".join(f"{k} {row[key]:.2f}" for k, key in (("reward", "reward"), ("quality", "quality"), (
+                    "valid", "valid"), ("KL", "kl_solver")) if row.get(key) is not None))
+                if step % args.show_every == 0 or step == 1:
+                    bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0]))
+        except KeyboardInterrupt:
+            bar.write(f"stopped after step {done}; saving what there is")
+        finally:
+            bar.close()
+            save(model, tokenizer, folder / "model")
+    print(f"\n{done} steps in {(time.time() - began) / 60:.1f} minutes; the model is in {folder / 'model'}")
+    evaluate.draw([folder], folder / "curves.png")
+    if done and args.reward == "exact":  # the scoreboard speaks of the embedded language
+        report = evaluate.compare(model, reference, tokenizer, args.eval_items, args.seed)
+        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        print("\n" + evaluate.table({"start": report["against"], "now": report["model"]}))
+        print(evaluate.win_line(report["win_rate"]))
+    print(f"look at it: {folder / 'curves.png'}; every game: {folder / 'games.jsonl'}")
+
+
+if __name__ == "__main__":
+    sys.exit(evaluate.run_main(main))

@@ -1,0 +1,253 @@
+"""LSP: each equation by hand, each trap, and the real command line."""
+import argparse
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import selfplay
+from model import generate, groups, load, logprobs, pack
+from selfplay import AGGREGATE, PAY, Player, advantages, player_loss, update
+
+R = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])  # N = 3, G = 4; V = 1/4, 3/4, 0
+ZERO = torch.zeros(3, 4)
+MINIMAX = PAY["minimax"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages (LSP section 2)
+
+def test_advantages_by_hand():
+    a_sol, a_ch = advantages(R, ZERO, MINIMAX)
+    assert torch.allclose(a_sol, torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.25, 0.25, 0.25, -0.75], [0, 0, 0, 0]]))
+    assert torch.allclose(a_ch, torch.tensor([1 / 3 - 1 / 4, 1 / 3 - 3 / 4, 1 / 3 - 0]))  # Vbar - V, Vbar = 1/3
+
+
+def test_advantages_with_quality_by_hand():
+    """Solver R + R_Q; Challenger -V + V_Q; then centred. Here query 2 is nonsense: no reward, no quality."""
+    quality = torch.tensor([[1.0, 0.5, 0.5, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    a_sol, a_ch = advantages(R, quality, MINIMAX)
+    assert torch.allclose(a_sol[0], torch.tensor([2.0, 0.5, 0.5, 0.0]) - 0.75)
+    assert torch.allclose(a_ch, torch.tensor([0.25, 0.25, 0.0]) - 0.5 / 3)  # -1/4 + 1/2, -3/4 + 1, -0 + 0
+
+
+@pytest.mark.parametrize("normalise", ["centre", "std"])
+def test_advantages_sum_to_zero(normalise):
+    torch.manual_seed(0)
+    a_sol, a_ch = advantages(torch.rand(5, 8), torch.rand(5, 8), MINIMAX, normalise)
+    assert a_sol.sum(1).abs().max() < 1e-5 and a_ch.sum().abs() < 1e-5
+
+
+def test_a_constant_quality_changes_no_advantage():
+    for plain, shifted in zip(advantages(R, ZERO, MINIMAX), advantages(R, ZERO + 3.0, MINIMAX)):
+        assert torch.allclose(plain, shifted, atol=1e-6)
+
+
+def test_std_normalisation():
+    a_sol, _ = advantages(R, ZERO, MINIMAX, "std")
+    assert torch.allclose(a_sol[0], torch.tensor([3.0, -1, -1, -1]) / 3**0.5, atol=1e-3) and a_sol[2].abs().max() == 0
+
+
+@pytest.mark.parametrize("pay, at", [  # trap 7: also at p = 0 and p = 1; p = 0, 1/4, 1/2, 1
+    ("minimax", [0, -0.25, -0.5, -1]), ("r-zero", [0, 0.5, 1, 0]), ("absolute-zero", [0, 0.75, 0.5, 0]), ("sqlm", [0, 1, 1, 0]),
+    ("spice", [0.0439369, 0.8225775, 1, 0.0439369])])
+def test_what_the_challenger_is_paid(pay, at):
+    assert torch.allclose(PAY[pay](torch.tensor([0, 0.25, 0.5, 1])), torch.tensor(at, dtype=torch.float32), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss (LSP section 2)
+
+LP = torch.tensor([-1.0, -2.0, -0.5])  # two completions, of two tokens and of one
+REF = torch.tensor([-1.5, -1.0, -0.5])
+OWNER = torch.tensor([0, 0, 1])
+ADVANTAGE = torch.tensor([1.0, -1.0])
+
+
+def loss_and_gradient(**kwargs):
+    lp = LP.clone().requires_grad_()
+    loss, kl = player_loss(lp, REF, OWNER, ADVANTAGE, **kwargs)
+    loss.backward()
+    return loss.item(), lp.grad, kl.item()
+
+
+def test_loss_by_hand():
+    """Trap 9: without KL the loss is 0 and its gradient is -A/M on every token of a completion."""
+    loss, gradient, kl = loss_and_gradient(beta=0.0)
+    assert loss == 0 and torch.allclose(gradient, torch.tensor([-0.5, -0.5, 0.5]))
+    e = torch.tensor(1.0).exp().item()
+    k3 = (e**-0.5 + 0.5 - 1) + (e - 1 - 1) + 0  # exp(d) - d - 1 at d = -1/2, 1, 0
+    assert kl == pytest.approx(k3, rel=1e-5)
+    loss, gradient, _ = loss_and_gradient(beta=0.1)
+    assert loss == pytest.approx(0.1 * k3 / 2, rel=1e-5)
+    d = torch.tensor([-0.5, 1.0, 0.0])
+    assert torch.allclose(gradient, torch.tensor([-0.5, -0.5, 0.5]) + 0.05 * (1 - d.exp()), atol=1e-6)
+    loss, gradient, _ = loss_and_gradient(beta=0.1, kl="literal")  # as printed: beta * log(pi / pi_Ref)
+    assert loss == pytest.approx(0.1 * (0.5 - 1.0) / 2, rel=1e-5) and torch.allclose(gradient, torch.tensor([-0.45, -0.45, 0.55]))
+
+
+@pytest.mark.parametrize("aggregate, gradient", [
+    ("sum", [-0.5, -0.5, 0.5]), ("mean", [-0.25, -0.25, 0.5]), ("token", [-1 / 3, -1 / 3, 1 / 3])])
+def test_aggregation_by_hand(aggregate, gradient):
+    if aggregate == "token":  # the weight is (number of completions) / (number of tokens)
+        assert torch.allclose(AGGREGATE["token"](torch.tensor([2.0, 1.0])), torch.tensor([2 / 3, 2 / 3]))
+    assert torch.allclose(loss_and_gradient(beta=0.0, aggregate=aggregate)[1], torch.tensor(gradient))
+
+
+def test_literal_kl_does_nothing_in_the_mean_and_k3_does():
+    """The trap of PAPERS.md: over all of pi's own samples the printed KL's gradient is exactly zero; k3's is not."""
+    torch.manual_seed(0)
+    logits, ref = torch.randn(6, requires_grad=True), torch.randn(6).log_softmax(-1)
+    gradients = {}
+    for kl in ("literal", "k3"):
+        lp = logits.log_softmax(-1)
+        every = [player_loss(lp[t:t + 1], ref[t:t + 1], torch.tensor([0]), torch.zeros(1), 1.0, kl=kl)[0] for t in range(6)]
+        mean = (torch.stack(every) * lp.exp().detach()).sum()  # the expectation over samples, computed and not sampled
+        gradients[kl] = torch.autograd.grad(mean, logits)[0]
+    assert gradients["literal"].abs().max() < 1e-6
+    pull = -(ref.exp() - logits.softmax(-1).detach())  # k3's: the gradient of KL(pi_Ref || pi)
+    assert torch.allclose(gradients["k3"], pull, atol=1e-5) and pull.abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update
+
+def settings(**changes):
+    return argparse.Namespace(**vars(selfplay.parse_args([])) | changes)
+
+
+def played(model, seed=0):
+    prompts = [[1, 7, 9], [1, 30], [1, 4, 4, 8]]
+    out = generate(model, prompts, 4, 10, generator=torch.Generator().manual_seed(seed))
+    return Player(prompts, groups(out.ids, 4), out.finished)
+
+
+def gradient_of(model, player, beta=0.1, **changes):
+    model, reference = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.05)
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    still.zero_grad = lambda: None  # keep the gradient, to look at it
+    report, _ = update(model, reference, still, {"solver": (player, 1.0, beta)}, settings(clip=1e9, **changes))
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), report["solver"]
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "mean", "token"])
+def test_gradient_and_logged_loss_do_not_depend_on_the_micro_batch_split(small, aggregate):
+    """Also trap 10: the logged loss is the whole batch's."""
+    player = played(small)._replace(advantage=advantages(torch.rand(3, 4), ZERO, MINIMAX)[0].flatten())
+    (whole, report), (split, split_report) = (gradient_of(small, player, aggregate=aggregate, micro_batch=n) for n in (4096, 8))
+    assert torch.allclose(whole, split, atol=1e-5) and report == pytest.approx(split_report, rel=1e-4)
+
+
+def test_gradient_does_not_depend_on_the_order_of_queries(small):
+    advantage = advantages(torch.rand(3, 4), ZERO, MINIMAX)[0]
+    player = played(small)
+    order = [2, 0, 1]
+    turned = Player([player.prompts[i] for i in order], [player.completions[i] for i in order], None, advantage[order].flatten())
+    a, b = gradient_of(small, player._replace(advantage=advantage.flatten()))[0], gradient_of(small, turned)[0]
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_challenger_learns_to_prefer_the_query_with_lower_value(small):
+    """Two queries, V = 3/4 and V = 1/4: a step makes the second likelier than the first, against before."""
+    prompt, queries = [1, 7], [[5, 6, 2], [9, 10, 2]]
+    value = torch.tensor([[1.0, 1, 1, 0], [1.0, 0, 0, 0]])
+    a_ch = advantages(value, torch.zeros(2, 4), MINIMAX)[1]
+    score = lambda: [logprobs(small, pack([prompt], [[q]])[0]).sum().item() for q in queries]
+    before = score()
+    update(small, copy.deepcopy(small), torch.optim.SGD(small.parameters(), lr=0.01),
+           {"challenger": (Player([prompt], [queries], None, a_ch), 1.0, 0.0)}, settings())
+    after = score()
+    assert after[0] < before[0] and after[1] > before[1]
+
+
+def test_alpha_zero_gives_the_challenger_no_gradient(small):
+    player = played(small)._replace(advantage=torch.randn(12))
+    report, norm = update(small, copy.deepcopy(small), torch.optim.SGD(small.parameters(), lr=0.0), {"challenger": (player, 0.0, 0.1)}, settings())
+    assert norm == 0
+
+
+def test_the_sampled_ids_are_the_trained_ids(tiny):
+    """play() hands on the very ids that were sampled; queries reach the Solver as text that can hold no special token."""
+    model, tokenizer = tiny
+    args = settings(queries=6, answers=3)
+    queries, answers, challenger, solver = selfplay.play(model, tokenizer, args, torch.Generator().manual_seed(0), None)
+    assert [tokenizer.decode(ids) for ids in challenger.completions[0]] == queries
+    assert [[tokenizer.decode(ids) for ids in group] for group in solver.completions] == answers
+    assert solver.prompts == [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
+    assert [c[-1] in model.end_ids for c in challenger.completions[0]] == challenger.finished
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def run(tmp_path, *flags, expect=0):
+    done = subprocess.run([sys.executable, str(ROOT / "selfplay.py"), "--eval-items", "20", "--device", "cpu", *flags],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("game", ["lsp", "lsp-zero", "grpo"])
+def test_two_steps_of_the_real_command(tmp_path, game):
+    done = run(tmp_path, "--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "4", "--answers", "3", "--game", game)
+    folder = tmp_path / "runs" / f"{game}-1"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    games = [json.loads(line) for line in (folder / "games.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2] and len(games) == 2 and len(games[0]["games"]) == 4
+    assert ("quality" in rows[0]) == (game == "lsp") and ("loss_challenger" in rows[0]) == (game != "grpo")
+    assert json.loads((folder / "settings.json").read_text())["game"] == game
+    assert (folder / "curves.png").stat().st_size > 10000 and "win rate" in done.stdout
+    trained, _ = load(folder / "model")
+    start, _ = load(ROOT / "tiny")
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters()))
+
+
+def test_same_seed_same_run(tmp_path):
+    for name in "ab":
+        run(tmp_path, "--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "3", "--answers", "2", "--seed", "5", "--run", name)
+    a, b = ((tmp_path / "runs" / name / "games.jsonl").read_text() for name in "ab")
+    assert a == b
+
+
+def test_ctrl_c_saves_what_there_is(tmp_path):
+    import signal
+    import time
+    process = subprocess.Popen([sys.executable, str(ROOT / "selfplay.py"), "--model", str(ROOT / "tiny"), "--steps", "10000", "--queries", "3",
+                                "--answers", "2", "--eval-items", "20", "--run", "cut", "--device", "cpu"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    games = tmp_path / "runs" / "cut" / "games.jsonl"
+    deadline = time.time() + 60
+    while time.time() < deadline and not (games.is_file() and games.stat().st_size > 0):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "saving what there is" in out + err
+    load(games.parent / "model")
+    assert [json.loads(line)["step"] for line in games.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--steps", "0"], "not above zero"), (["--steps", "-3"], "not above zero"), (["--lr", "nan"], "not above zero"), (["--queries", "many"], "not a number"),
+    (["--kl", "-1"], "not zero or more"), (["--game", "chess"], "invalid choice"), (["--step", "3"], "unrecognized"), (["--model", "nowhere"], "no such model folder"),
+    (["--reward", "gone.py:f"], "no file gone.py"), (["--reward", "mine.py:absent"], "has no function"), (["--reward", "mine.py:nan"], "NaN"),
+    (["--reward", "mine.py:flat"], "shape"), (["--run", "taken"], "exists already"), (["--run", "../away"], "not a plain folder name"), (["--device", "abacus"], "device")])
+def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
+    (tmp_path / "mine.py").write_text("def nan(q, a):\n    return [[float('nan')] * len(g) for g in a]\ndef flat(q, a):\n    return [0.0]\n")
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "mine.txt").write_text("keep")
+    flags = flags if "--model" in flags else ["--model", str(ROOT / "tiny"), *flags]
+    done = run(tmp_path, *flags, expect=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert message in last and "Traceback" not in done.stderr
+    assert [p.name for p in (tmp_path / "runs" / "taken").iterdir()] == ["mine.txt"]
+
+
+def test_help_names_every_default(tmp_path):
+    text = subprocess.run([sys.executable, str(ROOT / "selfplay.py"), "-h"], capture_output=True, text=True, timeout=60).stdout
+    assert text.count("(default:") == text.count("\n  --")

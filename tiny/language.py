@@ -1,0 +1,277 @@
+"""The little instruction language of the embedded default, and the truth about it.
+
+    Take "kobani", reverse it, then double every letter.   ->  iinnaabbookk
+    Subtract 17 from 64.                                   ->  47
+
+An instruction is well formed when `solve` finds its one right answer. So "is this query any good?" and "is this answer
+right?" have a truth, which real self-play lacks: a game can be played here and its referees checked.
+
+    draw(rng)             an instruction          solve(query)          its right answer, or None if it has none
+    kind(query)           "1 step" ... "numbers"  grade(query, answer)  0 to 7, by the judge's rubric
+    spoil(query, rng)     the query gone wrong    is_held_out(query)    True for the tenth never used in training
+"""
+import random
+import re
+import zlib
+from difflib import SequenceMatcher
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+KINDS = ("1 step", "2 steps", "3 steps", "numbers")
+MAX_ANSWER = 24  # letters; a longer result counts as no answer, so that no game can run away in length
+
+# What the model is told for its three parts. The Solver gets the bare query as a user turn.
+CHALLENGER_PROMPT = "Write one instruction for another model to follow."
+JUDGE_PROMPT = (
+    "Grade an exchange from 0 to 7, one point for each that holds:"
+    " the task can be identified;"
+    " the query is clear, specific and well formed;"
+    " the answer is understandable;"
+    " it covers a significant part of the query;"
+    " it answers the core of the query;"
+    " it is clear, concise and organised;"
+    " it is likely to please."
+    " Reply with one digit."
+)
+JUDGE_EXCHANGE = "Query: {query}\nAnswer: {answer}"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operations on a word. Each takes (word, *arguments) and returns the new word, or None where its argument does not fit.
+
+def _keep(word, n, cut):
+    return cut(word, int(n)) if 1 <= int(n) < len(word) else None
+
+
+OPERATIONS = {  # phrase, with a place for each argument -> function
+    "reverse it": lambda w: w[::-1],
+    "sort its letters": lambda w: "".join(sorted(w)),
+    "write it in capitals": lambda w: w.upper() if w != w.upper() else None,
+    "double every letter": lambda w: "".join(c + c for c in w),
+    "repeat it": lambda w: w + w,
+    "move its first letter to the end": lambda w: w[1:] + w[0],
+    "count its letters": lambda w: str(len(w)),  # a number ends the chain
+    "keep its first {n} letters": lambda w, n: _keep(w, n, lambda w, n: w[:n]),
+    "keep its last {n} letters": lambda w, n: _keep(w, n, lambda w, n: w[-n:]),
+    'remove every "{a}"': lambda w, a: w.replace(a, "") or None if a in w else None,
+    'replace every "{a}" with "{b}"': lambda w, a, b: w.replace(a, b) if a in w and a != b else None,
+}
+_ARGUMENT = {"n": "([1-9])", "a": "([a-z])", "b": "([a-z])"}
+_PATTERNS = [(re.compile(re.sub(r"\\{(\w)\\}", lambda m: _ARGUMENT[m[1]], re.escape(phrase))), phrase)
+             for phrase in OPERATIONS]
+_NUMBER = "(0|[1-9][0-9]{0,2})"  # one to three digits, no leading zero
+_LIST = f"({_NUMBER}(?:, {_NUMBER}){{2,4}})"  # three to five numbers
+
+
+def _solve_chain(word, steps):
+    for i, step in enumerate(steps):
+        for pattern, phrase in _PATTERNS:
+            if match := pattern.fullmatch(step):
+                break
+        else:
+            return None
+        if phrase == "count its letters" and i < len(steps) - 1:
+            return None
+        word = OPERATIONS[phrase](word, *match.groups())
+        if word is None or len(word) > MAX_ANSWER:
+            return None
+    return word
+
+
+def solve(query):
+    """The one right answer (str) of a well-formed instruction; None for anything else."""
+    if m := re.fullmatch(r'Take "([a-z]{3,8})", (.+)\.', query):
+        steps = m[2].split(", then ")
+        return _solve_chain(m[1], steps) if len(steps) <= 3 else None
+    if m := re.fullmatch(f"Add {_NUMBER} and {_NUMBER}\\.", query):
+        return str(int(m[1]) + int(m[2]))
+    if m := re.fullmatch(f"Subtract {_NUMBER} from {_NUMBER}\\.", query):
+        return str(int(m[2]) - int(m[1])) if int(m[1]) <= int(m[2]) else None
+    if m := re.fullmatch(f"Which is (largest|smallest): {_LIST}\\?", query):
+        return str((max if m[1] == "largest" else min)(map(int, m[2].split(", "))))
+    if m := re.fullmatch(f"Sort the numbers {_LIST}\\.", query):
+        return " ".join(sorted(m[1].split(", "), key=int))
+    return None
+
+
+def kind(query):
+    """One of KINDS for a well-formed instruction; None for anything else."""
+    if solve(query) is None:
+        return None
+    return KINDS[query.count(", then ")] if query.startswith("Take") else "numbers"
+
+
+def is_held_out(query):
+    """True for one instruction in ten, told by its checksum: those are for evaluation only."""
+    return zlib.crc32(query.encode()) % 10 == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing instructions, and ways for them to go wrong
+
+def _word(rng):
+    """A pseudo-word of 3 to 8 letters, consonants and vowels in turn."""
+    start = rng.random() < 0.3
+    return "".join(rng.choice("aeiou" if (i + start) % 2 else "bcdfghjklmnpqrstvwxyz") for i in range(rng.randint(3, 8)))
+
+
+def _fill(phrase, word, rng):
+    """A phrase with arguments that mostly fit the word it will be applied to."""
+    letters = [c for c in word if c in LETTERS] or LETTERS
+    values = {"n": rng.randint(1, max(1, min(9, len(word) - 1))), "a": rng.choice(letters), "b": rng.choice(LETTERS)}
+    return re.sub(r"{(\w)}", lambda m: str(values[m[1]]), phrase)
+
+
+def _chain(rng, length):
+    word = start = _word(rng)
+    steps = []
+    while len(steps) < length:
+        step = _fill(rng.choice(list(OPERATIONS)), word, rng)
+        result = _solve_chain(word, [step])
+        if result is None or (step.startswith("count") and len(steps) < length - 1):
+            continue
+        word, steps = result, steps + [step]
+    return f'Take "{start}", ' + ", then ".join(steps) + "."
+
+
+def _number(rng):
+    return rng.randint(0, 10 ** rng.randint(1, 3) - 1)
+
+
+def _numbers(rng):
+    form = rng.choice(["Add", "Subtract", "largest", "smallest", "Sort"])
+    a, b = _number(rng), _number(rng)
+    if form == "Add":
+        return f"Add {a} and {b}."
+    if form == "Subtract":
+        return f"Subtract {min(a, b)} from {max(a, b)}."
+    many = ", ".join(str(_number(rng)) for _ in range(rng.randint(3, 5)))
+    return f"Sort the numbers {many}." if form == "Sort" else f"Which is {form}: {many}?"
+
+
+def draw(rng, held_out=False):
+    """An instruction: 30 % numbers, 20/25/25 % chains of one/two/three steps.
+
+    rng: random.Random. held_out: draw from the tenth kept for evaluation instead of from the rest.
+    """
+    while True:
+        u = rng.random()
+        query = _numbers(rng) if u < 0.3 else _chain(rng, 1 if u < 0.5 else 2 if u < 0.75 else 3)
+        if is_held_out(query) == held_out and solve(query) is not None:
+            return query
+
+
+def evaluation_set(n, seed=0):
+    """n held-out instructions, all different: the same ones for everyone who asks with the same seed."""
+    rng, queries = random.Random(f"held out {seed}"), {}
+    while len(queries) < n:
+        queries[draw(rng, held_out=True)] = None
+    return list(queries)
+
+
+def spoil(query, rng):
+    """The query gone wrong, in one of the ways a Challenger finds; solve(result) is None. Draws again where it is not.
+
+    Cut short, two spliced into one, shuffled, a wrong argument, an operation out of place, an endless chain.
+    """
+    while True:
+        other = draw(rng)
+        tokens = [t for t in phrases(query)]
+        way = rng.choice(["cut", "splice", "shuffle", "argument", "argument", "place", "endless", "noise"])
+        if way == "cut":
+            bad = "".join(tokens[: rng.randrange(len(tokens))])
+        elif way == "splice":
+            rest = phrases(other)
+            bad = "".join(tokens[: rng.randint(1, len(tokens) - 1)] + rest[rng.randint(1, len(rest) - 1):])
+        elif way == "shuffle":
+            i, j = sorted(rng.sample(range(len(tokens) + 1), 2))
+            middle = tokens[i:j]
+            rng.shuffle(middle)
+            bad = "".join(tokens[:i] + middle + tokens[j:])
+        elif way == "argument":  # looks well, means nothing: subtract too much, keep too many, remove what is not there
+            spots = [i for i, t in enumerate(tokens) if len(t) == 1 and t in LETTERS + "0123456789"]
+            i = rng.choice(spots)
+            tokens[i] = rng.choice(LETTERS if tokens[i] in LETTERS else "123456789")
+            bad = "".join(tokens)
+            if query.startswith("Subtract"):
+                a, b = re.findall("[0-9]+", query)
+                bad = f"Subtract {b} from {a}."
+        elif way == "place":  # a step of another instruction where it cannot work
+            step = _fill(rng.choice(list(OPERATIONS)), _word(rng), rng)
+            parts = query.split(", ")
+            parts.insert(rng.randrange(len(parts) + 1), rng.choice(["", "then "]) + step)
+            bad = ", ".join(parts)
+        elif way == "endless":
+            steps = [_fill(rng.choice(list(OPERATIONS)), _word(rng), rng) for _ in range(rng.randint(4, 7))]
+            bad = f'Take "{_word(rng)}", ' + ", then ".join(steps) + "."
+            if rng.random() < 0.5:
+                bad = query[:-1] + "".join(f", {_number(rng)}" for _ in range(rng.randint(1, 5))) + query[-1]
+        else:
+            bad = "".join(rng.choice(PHRASES + list(LETTERS)) for _ in range(rng.randint(1, 12)))
+        if solve(bad) is None:
+            return bad
+
+
+def misanswer(query, rng):
+    """A wrong answer of the sort a Solver gives: a slip, a step left out, another instruction's answer, or noise."""
+    right = solve(query) or solve(draw(rng))
+    while True:
+        way = rng.choice(["slip", "slip", "half", "half", "other", "noise", "long", "empty"])
+        wrong = list(right)
+        if way == "slip":
+            for _ in range(rng.randint(1, 2)):
+                i = rng.randrange(len(wrong))
+                wrong[i] = rng.choice("0123456789" if wrong[i].isdigit() else LETTERS)
+            if rng.random() < 0.5:
+                del wrong[rng.randrange(len(wrong))]
+            elif rng.random() < 0.5 and len(wrong) > 1:
+                i = rng.randrange(len(wrong) - 1)
+                wrong[i], wrong[i + 1] = wrong[i + 1], wrong[i]
+        elif way == "half" and ", " in query:  # as if one step had been overlooked
+            parts = query[:-1].split(", then ")
+            parts.pop(rng.randrange(len(parts)))
+            wrong = solve(", then ".join(parts) + ".") or ""
+        elif way == "other":
+            wrong = solve(draw(rng))
+        elif way == "noise":
+            wrong = [rng.choice(PHRASES + list(LETTERS)) for _ in range(rng.randint(1, 10))]
+        elif way == "long":
+            wrong = right + rng.choice([right, rng.choice(LETTERS) * 4, " and " + right])
+        elif way == "empty":
+            wrong = right[: rng.randrange(len(right))]
+        if "".join(wrong) != right or solve(query) is None:
+            return "".join(wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rubric's truth
+
+def similarity(answer, right):
+    """Share of matching letters, 0 to 1, as difflib aligns them."""
+    return SequenceMatcher(None, answer, right, autojunk=False).ratio()
+
+
+def grade(query, answer):
+    """The truth of JUDGE_PROMPT's seven points, 0 to 7. A query without a right answer earns its answer nothing."""
+    identified = re.match(r'(Take "[a-z]+", |Add \d|Subtract \d|Which is (largest|smallest): \d|Sort the numbers \d)', query)
+    right = solve(query)
+    if right is None:
+        return int(bool(identified))
+    readable = re.fullmatch("[a-zA-Z]+|[0-9 ]+", answer) is not None
+    close = similarity(answer, right)
+    return 2 + readable + (close >= 0.5) + (close >= 0.8) + (readable and len(answer) == len(right)) + (answer == right)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vocabulary: each fixed phrase of the language is one token, everything else is spelled letter by letter
+
+PHRASES = sorted({
+    'Take "', '", ', ", then ", '"', ".", "?", ", ", " ", "Add ", " and ", "Subtract ", " from ",
+    "Which is largest: ", "Which is smallest: ", "Sort the numbers ",
+    *(piece for phrase in OPERATIONS for piece in re.split(r"{\w}", phrase) if piece),
+}, key=len, reverse=True)
+PROMPT_PHRASES = [CHALLENGER_PROMPT, *re.findall(r"[^:;.]+[:;.]", JUDGE_PROMPT), "Query: ", "\nAnswer: "]
+CHARACTERS = list(LETTERS + LETTERS.upper() + "0123456789")
+
+
+def phrases(text):
+    """Split a text as the tokenizer does: phrases where they stand, single characters elsewhere."""
+    return re.findall("|".join(map(re.escape, PHRASES)) + "|.", text, re.DOTALL)
