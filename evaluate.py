@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from model import UserError, generate, groups, load
+from model import UserError, check_device, generate, groups, load, run_command
 from rewards import ExactReward, judged
 from tiny import language
 
@@ -82,14 +82,16 @@ def compare(model, against, tokenizer, items=500, seed=0):
 
 
 def table(summaries):
-    """A text table of several models' summaries, {name: summary}: one line a kind, share and 95 % interval in percent."""
-    cell = lambda s: f"{100 * s[0]:5.1f} [{100 * s[1]:4.1f}, {100 * s[2]:4.1f}]"
-    names = list(summaries)
-    columns = [(m, n) for m in ("sampled", "greedy", "pass@8") for n in names]
-    lines = ["right answers, %    " + "".join(f"{m + ('' if len(names) == 1 else ', ' + n):>20}" for m, n in columns)]
-    for kind in summaries[names[0]]:
-        lines.append(f"{kind:<9} (n={summaries[names[0]][kind]['n']:>5})  " + "".join(f"{cell(summaries[n][kind][m]):>20}" for m, n in columns))
-    return "\n".join(lines + ["95 % intervals over instructions; sampled: temperature 1, 8 answers each; greedy tells learning from sharpening"])
+    """A text table of several models' summaries, {name: summary}: a line for each kind and model, in percent."""
+    cell = lambda share: "{:5.1f} [{:4.1f}, {:4.1f}]".format(*(100 * x for x in share))
+    columns, first = ("sampled", "greedy", "pass@8"), next(iter(summaries.values()))
+    width = max(map(len, summaries))
+    lines = [f"{'right answers, %':<18}{'':<{width}}" + "".join(f"{c:>21}" for c in columns)]
+    for kind in first:
+        for i, (name, rows) in enumerate(summaries.items()):
+            label = "" if i else f"{kind} (n={rows[kind]['n']})"
+            lines.append(f"{label:<18}{name:<{width}}" + "".join(f"{cell(rows[kind][c]):>21}" for c in columns))
+    return "\n".join([*lines, "95 % intervals; sampled: 8 answers at temperature 1; greedy tells learning from sharpening"])
 
 
 def win_line(win):
@@ -158,16 +160,6 @@ def draw(runs, path):
     plt.close(figure)
 
 
-def run_main(main):
-    """Run a command's main; a UserError becomes one line on stderr. Returns the exit code: 0, or 2."""
-    try:
-        main()
-        return 0
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="How often is a model right, and how often does it beat another?",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -180,13 +172,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.items < 1:
         raise UserError("--items must be at least 1")
+    check_device(args.device)
     runs = [m for m in args.model if (Path(m) / "metrics.jsonl").is_file()]
     queries = language.evaluation_set(args.items)
     rates = {}
     for i, name in enumerate([*args.model, *([args.against] if args.against else [])]):
         model, tokenizer = load(Path(name) / "model" if (Path(name) / "metrics.jsonl").is_file() else name, args.device)
         rates[name] = rate(model, tokenizer, queries, 1000 * args.seed + i)
-        print(f"\n{name}\n{table({name: summary(rates[name], queries)})}")
+        print(f"\n{name}\n{table({'': summary(rates[name], queries)})}")
     for name in args.model if args.against else []:
         print(f"\n{name}: " + win_line(win_rate(rates[name]["sampled"], rates[args.against]["sampled"])).replace("the start", args.against))
     if runs:
@@ -196,4 +189,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_command(main))

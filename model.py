@@ -17,6 +17,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,28 @@ from torch import nn
 
 class UserError(Exception):
     """Something the user can mend. Every command prints it as one line and exits with code 2."""
+
+
+def run_command(main):
+    """Run a command's main: a UserError becomes one line on stderr. Returns the exit code: 0, 2, or 130 after Ctrl-C."""
+    try:
+        main()
+        return 0
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def check_device(name):
+    """The name of a device that is really there. Raises UserError."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: no such device here ({_line(error)})") from None
+    return name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,6 +92,8 @@ class Config:
         if kind not in ("default", "llama3"):
             raise UserError(f"config.json: rope scaling {kind!r} is not supported (only 'llama3')")
         try:
+            if kind == "llama3":
+                scaling = {k: scaling[k] for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
             heads = raw["num_attention_heads"]
             config = cls(
                 **{k: raw[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
@@ -81,13 +106,15 @@ class Config:
                 rope_scaling=scaling if kind == "llama3" else None,
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
             )
-            bad = [k for k, v in vars(config).items() if isinstance(v, int) and v < 1 and k != "tie_word_embeddings"]
+            sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings")
+            bad = [k for k in sizes if int(getattr(config, k)) != getattr(config, k) or getattr(config, k) < 1]
             if bad or heads % config.num_key_value_heads or config.head_dim % 2:
                 raise UserError(f"config.json: sizes do not fit each other (look at {', '.join(bad) or 'the heads'})")
             return config
         except KeyError as missing:
             raise UserError(f"config.json lacks {missing}") from None
-        except TypeError:
+        except (TypeError, ValueError):
             raise UserError("config.json: a size is not a number") from None
 
 
@@ -118,16 +145,20 @@ class KVCache:
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def rows(self, index, positions=None):
+    def rows(self, index, positions):
         """A new cache made of these rows (repeats allowed), with room for `positions`."""
         new = KVCache.__new__(KVCache)
         new.length = self.length
         for name in ("k", "v"):
             old = getattr(self, name)
-            room = old.new_empty(*old.shape[:1], len(index), old.shape[2], positions or old.shape[3], old.shape[4])
-            room[:, :, :, :self.length] = old[:, index, :, :self.length]
+            room = old.new_empty(old.shape[0], len(index), old.shape[2], positions, old.shape[4])
+            room[:, :, :, :self.length] = old[:, :, :, :self.length].index_select(1, index)
             setattr(new, name, room)
         return new
+
+    def keep(self, index):
+        """Let the other rows go. Whole rows are copied, filled or not: one long copy beats many short ones."""
+        self.k, self.v = self.k.index_select(1, index), self.v.index_select(1, index)
 
 
 class Block(nn.Module):
@@ -269,9 +300,10 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
         left = int((going & ~ended).sum())
         if left == 0 or t == max_new_tokens - 1:
             break
-        if left <= 0.8 * len(row):  # moving the cache costs about one step, so not for every row that ends
+        if left <= 0.7 * len(row):  # moving a row's cache costs as much as some steps of it, so not whenever one ends
             keep = (going & ~ended).nonzero()[:, 0]
-            row, token, position, real, cache = row[keep], token[keep], position[keep], real[keep], cache.rows(keep)
+            row, token, position, real = row[keep], token[keep], position[keep], real[keep]
+            cache.keep(keep)
         position = position + 1
         if padded:
             real = F.pad(real, (0, 1), value=True)
@@ -297,7 +329,7 @@ class Packed(NamedTuple):
     owner: torch.Tensor  # [n], which completion it belongs to, counted over all prompts in order
 
 
-def pack(prompts, completions, tokens=2048, device="cpu"):
+def pack(prompts, completions, tokens=512, device="cpu"):
     """Lay prompts and their completions out as micro-batches of at most about `tokens` positions, padding included.
 
     prompts: N lists of ids. completions: N lists of lists of ids (groups may differ in size). Returns a list of Packed.
@@ -473,7 +505,10 @@ def _line(error):
 
 def _read_json(path):
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("an object was expected")
+        return value
     except FileNotFoundError:
         raise UserError(f"{path.parent}: {path.name} is missing") from None
     except (ValueError, OSError) as error:

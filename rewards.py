@@ -7,6 +7,7 @@ A referee is any callable (queries, answers) -> Tensor [N, G]:
     QualityReward   LSP's self-reward: the frozen reference model as a judge, on the rubric's scale of 0 to 7
     load_referee    yours: `--reward file.py:function`
 """
+import copy
 import importlib.util
 from os.path import commonprefix
 from pathlib import Path
@@ -63,7 +64,7 @@ class QualityReward:
     def __call__(self, queries, answers):
         rows = [[self._ids(q, a) for a in group] for q, group in zip(queries, answers)]
         rubric = len(commonprefix([self.rubric, *(row for group in rows for row in group)]))
-        prefix = self.cache.rows(torch.zeros(1, dtype=torch.long, device=self.device))
+        prefix = copy.copy(self.cache)
         prefix.length = rubric  # shorter only if an odd text changed how the rubric's last token is cut
         prompts, rests = [], []
         for group in rows:
@@ -84,7 +85,7 @@ def load_referee(spec):
     """A user's referee, "file.py:function". Its code is run: name only files you trust. Raises UserError."""
     path, _, name = spec.rpartition(":")
     if not path or not Path(path).is_file():
-        raise UserError(f"--reward {spec}: expected file.py:function, and no file {path or spec!r} is here")
+        raise UserError(f"--reward {spec}: expected file.py:function, and no file {(path or spec)!r} is here")
     module_spec = importlib.util.spec_from_file_location("user_reward", path)
     if module_spec is None:
         raise UserError(f"--reward {spec}: {path} is not a Python file")

@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from model import UserError, generate, groups, load, logprobs, pack, save
+from model import check_device, generate, groups, load, logprobs, pack, run_command, save
 from rewards import ExactReward, QualityReward, judged, load_referee
 from tiny import language
 
@@ -106,46 +106,54 @@ def advantages(reward, quality, pay, normalise="centre"):
     return a_sol, a_ch
 
 
-def player_loss(lp, ref, owner, advantage, beta, aggregate="sum", kl="k3"):
+def player_loss(lp, ref, owner, advantage, weight, beta, kl="k3"):
     """L_Sol or L_Ch over the completions of one micro-batch: (loss, sum of the tokens' KL terms).
 
-    lp, ref: log-probabilities [n] under policy and reference. owner [n]: whose token. advantage [M]: of all M completions
-    of the player, so that the micro-batches' losses add up to the whole. LSP section 2, the loss of either player.
+    lp, ref: log-probabilities [n] under policy and reference. owner [n]: whose token. advantage, weight [M]: of all M
+    completions of the player (weight by AGGREGATE), so that the micro-batches' losses add up to the whole. LSP section 2.
     """
     M = len(advantage)
     total = torch.zeros(M, device=lp.device).index_add(0, owner, lp)  # log pi(text) = sum over its tokens
     ratio = (total - total.detach()).exp()  # pi / sg(pi): 1, with the gradient of log pi
     term = KL[kl](ref - lp)  # [n]
     penalty = torch.zeros(M, device=lp.device).index_add(0, owner, term)
-    length = torch.zeros(M, device=lp.device).index_add(0, owner, torch.ones_like(lp))
-    here = length > 0  # completions of other micro-batches have no tokens here
-    weight = AGGREGATE[aggregate](length[here])
-    return (weight * (beta * penalty - ratio * advantage)[here]).sum() / M, term.detach().sum()
+    here = owner.unique()  # the others' tokens are in other micro-batches
+    return (weight * (beta * penalty - ratio * advantage))[here].sum() / M, term.detach().sum()
 
 
 def score(queries, answers, referee, judge, args):
-    """(R [N, G], weighted R_Q [N, G], A_Sol [N, G], A_Ch [N]) of a step's texts."""
+    """(R [N, G], weighted R_Q [N, G], A_Sol [N, G], A_Ch [N]) of a step's texts. judge None: R_Q is 0 (LSP-Zero)."""
     reward = judged(referee, queries, answers)
     quality = judged(judge, queries, answers) * args.quality if judge else torch.zeros_like(reward)
     return reward, quality, *advantages(reward, quality, PAY[args.pay], args.advantage)
 
 
+def sides(solver, challenger, a_sol, a_ch, args):
+    """Who is trained on what: {name: (Player with its advantages, weight of its loss, beta)}. GRPO has no Challenger."""
+    players = {"solver": (solver._replace(advantage=a_sol.flatten()), 1.0, args.kl)}
+    if challenger:
+        players["challenger"] = (challenger._replace(advantage=a_ch), args.alpha_ch, args.kl_challenger)
+    return players
+
+
 def update(model, reference, optimizer, players, args):
     """One optimizer step on L_Sol + alpha_Ch L_Ch: {name: (loss, KL a token)}, gradient norm before clipping.
 
-    players: {"solver": (Player, weight, beta), "challenger": ..}.
+    players: what `sides` returns. A completion lies in one micro-batch; their losses add up, so the split changes nothing.
     """
     device, report = model.embed.weight.device, {}
     for name, (player, alpha, beta) in players.items():
-        advantage, loss_sum, kl_sum, tokens = player.advantage.to(device), 0.0, 0.0, 0
+        lengths = torch.tensor([float(len(ids)) for group in player.completions for ids in group], device=device)  # [M]
+        advantage, weight = player.advantage.to(device), AGGREGATE[args.aggregate](lengths)
+        loss_sum, kl_sum = 0.0, 0.0
         for packed in pack(player.prompts, player.completions, args.micro_batch, device):
             with torch.no_grad():
                 ref = logprobs(reference, packed, args.temperature)
             lp = logprobs(model, packed, args.temperature)
-            loss, kl = player_loss(lp, ref, packed.owner, advantage, beta, args.aggregate, args.kl_form)
+            loss, kl = player_loss(lp, ref, packed.owner, advantage, weight, beta, args.kl_form)
             (alpha * loss).backward()
-            loss_sum, kl_sum, tokens = loss_sum + loss.item(), kl_sum + kl.item(), tokens + len(lp)
-        report[name] = (loss_sum, kl_sum / tokens)
+            loss_sum, kl_sum = loss_sum + loss.item(), kl_sum + kl.item()
+        report[name] = (loss_sum, kl_sum / lengths.sum().item())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
     optimizer.step()
     optimizer.zero_grad()
@@ -155,13 +163,34 @@ def update(model, reference, optimizer, players, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # For people
 
+def measure(queries, solver, reward, quality, valid, losses, norm):
+    """A step's figures: one line of metrics.jsonl. quality None: no judge; valid None: the referee cannot tell."""
+    row = {"reward": reward.mean().item(),
+           "quality": None if quality is None else quality.mean().item(),
+           "valid": None if valid is None else sum(valid) / len(valid),  # share of queries that have a right answer
+           "distinct": len(set(queries)) / len(queries),
+           "spread": (reward.std(1, correction=0) > 0).float().mean().item(),  # share of groups that teach the Solver
+           "answer_tokens": sum(len(ids) for group in solver.completions for ids in group) / len(solver.finished),
+           "cut": 1 - sum(solver.finished) / len(solver.finished),  # share of answers that the length limit cut
+           "gradient_norm": norm}
+    for name, (loss, kl) in losses.items():
+        row |= {f"loss_{name}": loss, f"kl_{name}": kl}
+    return {k: v for k, v in row.items() if v is not None}
+
+
+def game_records(queries, answers, reward, quality, a_ch, valid):
+    """A step's games for games.jsonl, rounded to what a reader needs."""
+    return [{"query": q, "valid": v, "answers": a, "reward": r, "quality": [round(x, 3) for x in rq], "challenger_advantage": round(c, 3)}
+            for q, a, r, rq, c, v in zip(queries, answers, reward.tolist(), quality.tolist(), a_ch.tolist(), valid or [None] * len(queries))]
+
+
 def game_text(step, query, answers, reward, quality, a_sol, pay, valid):
     """One game as a person would want to read it."""
     mark = {True: "", False: "   (no such task: it has no right answer)", None: ""}[valid]
     lines = [f"step {step}  query: {query}{mark}"]
     rows = {}
     for a, r, rq, adv in zip(answers, reward.tolist(), quality.tolist(), a_sol.tolist()):
-        rows.setdefault((a, r, rq, adv), []).append(a)
+        rows.setdefault((a, r, round(rq, 2), round(adv, 2)), []).append(a)
     for (a, r, rq, adv), same in sorted(rows.items(), key=lambda item: -item[0][3]):
         times = f" x{len(same)}" if len(same) > 1 else ""
         lines.append(f"    {'+' if r > 0 else '-'} {(a or '(nothing)') + times:<32} reward {r:.2f}  quality {rq:.2f}  advantage {adv:+.2f}")
@@ -177,7 +206,7 @@ def parse_args(argv=None):
     g.add_argument("--game", choices=["lsp", "lsp-zero", "grpo"], default="lsp", help="lsp-zero: no quality self-reward; grpo: instructions from data, no Challenger")
     g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
     g.add_argument("--reward", default="exact", help="who judges answers: exact (the embedded language's solver) or file.py:function")
-    g.add_argument("--pay", choices=list(PAY), default="minimax", help="what the Challenger is paid for a query")
+    g.add_argument("--pay", choices=list(PAY), default="minimax", help="what the Challenger is paid for a query (not in grpo)")
     g.add_argument("--steps", type=positive(int), default=500, help="optimizer steps, one batch of games each")
     g.add_argument("--queries", type=positive(int), default=32, metavar="N", help="queries a step")
     g.add_argument("--answers", type=positive(int), default=8, metavar="G", help="answers to each query")
@@ -185,21 +214,21 @@ def parse_args(argv=None):
     g.add_argument("--query-tokens", type=positive(int), default=48, help="longest query")
     g.add_argument("--answer-tokens", type=positive(int), default=32, help="longest answer")
     g = parser.add_argument_group("the loss")
-    g.add_argument("--lr", type=positive(float), default=1e-4, help="learning rate at the start; it falls to 0 linearly")
-    g.add_argument("--alpha-ch", type=at_least_zero, default=0.03, help="weight of the Challenger's loss")
+    g.add_argument("--lr", type=positive(float), default=1e-4, help="largest learning rate: reached in 20 steps, as Adam's first ones are its noisiest, then falling to 0")
+    g.add_argument("--alpha-ch", type=at_least_zero, default=0.03, help="weight of the Challenger's loss (not in grpo)")
     g.add_argument("--quality", type=at_least_zero, default=1.0, help="weight of the quality self-reward (lsp only)")
     g.add_argument("--kl", type=at_least_zero, default=0.02, help="beta of the Solver's KL to the starting model")
-    g.add_argument("--kl-challenger", type=at_least_zero, default=0.1, help="beta of the Challenger's; the paper uses one for both")
+    g.add_argument("--kl-challenger", type=at_least_zero, default=0.1, help="beta of the Challenger's, not in grpo; the paper uses one for both")
     g.add_argument("--kl-form", choices=list(KL), default="k3", help="literal: as printed in the paper; its mean gradient is zero")
     g.add_argument("--advantage", choices=["centre", "std"], default="centre", help="std: also divide by the deviation, as GRPO does")
     g.add_argument("--aggregate", choices=list(AGGREGATE), default="sum", help="how a text's tokens add up: sum (LSP), mean of its own (GRPO), mean of all (DAPO)")
     g.add_argument("--clip", type=positive(float), default=1.0, help="largest gradient norm")
     g = parser.add_argument_group("the run")
-    g.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    g.add_argument("--seed", type=lambda text: int(_positive(int, text, zero=True)) % 2**63, default=0, help="seed of everything random")
     g.add_argument("--run", default=None, help="name of the run's folder below runs/; default: the game and the next free number")
     g.add_argument("--show-every", type=positive(int), default=100, help="print one game every so many steps")
     g.add_argument("--eval-items", type=positive(int), default=500, help="held-out instructions for the score before and after")
-    g.add_argument("--micro-batch", type=positive(int), default=2048, help="token positions computed at once; changes memory and speed only")
+    g.add_argument("--micro-batch", type=positive(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     return parser.parse_args(argv)
 
@@ -216,7 +245,7 @@ def _positive(kind, text, zero=False):
 
 def main(argv=None):
     args = parse_args(argv)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)
     rng = random.Random(args.seed)
     model, tokenizer = load(args.model, args.device)
     reference = copy.deepcopy(model).requires_grad_(False)  # the starting model: KL anchor, judge, and opponent at the end
@@ -224,7 +253,7 @@ def main(argv=None):
     judge = QualityReward(reference, tokenizer) if args.game == "lsp" and args.quality > 0 else None
     folder = evaluate.new_run(args.run, args.game, vars(args))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: max(0.0, 1 - i / args.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, 1 - i / args.steps))
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, into {folder}")
     print("the loss is about 0 all along, and that is right: the ratio is 1 and advantages are centred; its gradient is not 0")
@@ -237,29 +266,18 @@ def main(argv=None):
                 step_began = time.time()
                 queries, answers, challenger, solver = play(model, tokenizer, args, generator, rng)
                 reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args)
-                players = {"solver": (solver._replace(advantage=a_sol.flatten()), 1.0, args.kl)}
-                if challenger:
-                    players["challenger"] = (challenger._replace(advantage=a_ch), args.alpha_ch, args.kl_challenger)
+                players = sides(solver, challenger, a_sol, a_ch, args)
                 losses, norm = update(model, reference, optimizer, players, args)
                 schedule.step()
 
-                valid = referee.valid(queries) if hasattr(referee, "valid") else [None] * len(queries)
-                row = {"step": step, "reward": reward.mean().item(), "quality": quality.mean().item() if judge else None,
-                       "valid": sum(valid) / len(valid) if None not in valid else None, "distinct": len(set(queries)) / len(queries),
-                       "spread": (reward.std(1, correction=0) > 0).float().mean().item(),  # groups that teach the Solver
-                       "answer_tokens": sum(len(c) for g in solver.completions for c in g) / len(solver.finished),
-                       "cut": 1 - sum(solver.finished) / len(solver.finished),
-                       **{f"{part}_{name}": v for name, pair in losses.items() for part, v in zip(("loss", "kl"), pair)},
-                       "gradient_norm": norm, "seconds": time.time() - step_began}
-                metrics_file.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
-                games = [{"query": q, "valid": v, "answers": a, "reward": r, "quality": rq, "challenger_advantage": c} for q, v, a, r, rq, c in zip(
-                    queries, valid, answers, reward.tolist(), [[round(x, 3) for x in row] for row in quality.tolist()], a_ch.tolist())]
-                games_file.write(json.dumps({"step": step, "games": games}) + "\n")
+                valid = referee.valid(queries) if hasattr(referee, "valid") else None
+                row = measure(queries, solver, reward, quality if judge else None, valid, losses, norm)
+                metrics_file.write(json.dumps({"step": step} | row | {"seconds": time.time() - step_began}) + "\n")
+                games_file.write(json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n")
                 done = step
-                bar.set_postfix_str("  ".join(f"{k} {row[key]:.2f}" for k, key in (("reward", "reward"), ("quality", "quality"), (
-                    "valid", "valid"), ("KL", "kl_solver")) if row.get(key) is not None))
+                bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "valid", "kl_solver") if k in row))
                 if step % args.show_every == 0 or step == 1:
-                    bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0]))
+                    bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))
         except KeyboardInterrupt:
             bar.write(f"stopped after step {done}; saving what there is")
         finally:
@@ -276,4 +294,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(evaluate.run_main(main))
+    sys.exit(run_command(main))

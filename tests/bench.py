@@ -72,10 +72,7 @@ def stepper(model, tokenizer, *flags):
     def step():
         queries, answers, challenger, solver = selfplay.play(model, tokenizer, args, generator, rng)
         _, _, a_sol, a_ch = selfplay.score(queries, answers, ExactReward(), judge, args)
-        players = {"solver": (solver._replace(advantage=a_sol.flatten()), 1.0, args.kl)}
-        if challenger:
-            players["challenger"] = (challenger._replace(advantage=a_ch), args.alpha_ch, args.kl_challenger)
-        selfplay.update(model, reference, optimizer, players, args)
+        selfplay.update(model, reference, optimizer, selfplay.sides(solver, challenger, a_sol, a_ch, args), args)
     return step
 
 

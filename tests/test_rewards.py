@@ -53,7 +53,7 @@ def test_a_users_referee(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def short(queries, answers):\n    return [[-len(a) for a in group] for group in answers]\n")
     assert judged(load_referee(f"{file}:short"), QUERIES, ANSWERS).tolist() == [[-6, -6], [-1, -1], [-6, 0]]
-    for spec, message in ((f"{file}:long", "has no function 'long'"), ("none.py:f", "no file none.py"), ("exactly", "file.py:function")):
+    for spec, message in ((f"{file}:long", "has no function 'long'"), ("none.py:f", "no file 'none.py'"), ("exactly", "file.py:function")):
         with pytest.raises(UserError, match=message):
             load_referee(spec)
     file.write_text("def short(:\n")

@@ -68,9 +68,10 @@ OWNER = torch.tensor([0, 0, 1])
 ADVANTAGE = torch.tensor([1.0, -1.0])
 
 
-def loss_and_gradient(**kwargs):
+def loss_and_gradient(beta, kl="k3", aggregate="sum"):
     lp = LP.clone().requires_grad_()
-    loss, kl = player_loss(lp, REF, OWNER, ADVANTAGE, **kwargs)
+    weight = AGGREGATE[aggregate](torch.tensor([2.0, 1.0]))  # by the completions' lengths
+    loss, kl = player_loss(lp, REF, OWNER, ADVANTAGE, weight, beta, kl)
     loss.backward()
     return loss.item(), lp.grad, kl.item()
 
@@ -93,8 +94,6 @@ def test_loss_by_hand():
 @pytest.mark.parametrize("aggregate, gradient", [
     ("sum", [-0.5, -0.5, 0.5]), ("mean", [-0.25, -0.25, 0.5]), ("token", [-1 / 3, -1 / 3, 1 / 3])])
 def test_aggregation_by_hand(aggregate, gradient):
-    if aggregate == "token":  # the weight is (number of completions) / (number of tokens)
-        assert torch.allclose(AGGREGATE["token"](torch.tensor([2.0, 1.0])), torch.tensor([2 / 3, 2 / 3]))
     assert torch.allclose(loss_and_gradient(beta=0.0, aggregate=aggregate)[1], torch.tensor(gradient))
 
 
@@ -105,7 +104,7 @@ def test_literal_kl_does_nothing_in_the_mean_and_k3_does():
     gradients = {}
     for kl in ("literal", "k3"):
         lp = logits.log_softmax(-1)
-        every = [player_loss(lp[t:t + 1], ref[t:t + 1], torch.tensor([0]), torch.zeros(1), 1.0, kl=kl)[0] for t in range(6)]
+        every = [player_loss(lp[t:t + 1], ref[t:t + 1], torch.tensor([0]), torch.zeros(1), torch.ones(1), 1.0, kl)[0] for t in range(6)]
         mean = (torch.stack(every) * lp.exp().detach()).sum()  # the expectation over samples, computed and not sampled
         gradients[kl] = torch.autograd.grad(mean, logits)[0]
     assert gradients["literal"].abs().max() < 1e-6
@@ -235,7 +234,7 @@ def test_ctrl_c_saves_what_there_is(tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--steps", "0"], "not above zero"), (["--steps", "-3"], "not above zero"), (["--lr", "nan"], "not above zero"), (["--queries", "many"], "not a number"),
     (["--kl", "-1"], "not zero or more"), (["--game", "chess"], "invalid choice"), (["--step", "3"], "unrecognized"), (["--model", "nowhere"], "no such model folder"),
-    (["--reward", "gone.py:f"], "no file gone.py"), (["--reward", "mine.py:absent"], "has no function"), (["--reward", "mine.py:nan"], "NaN"),
+    (["--reward", "gone.py:f"], "no file 'gone.py'"), (["--reward", "mine.py:absent"], "has no function"), (["--reward", "mine.py:nan"], "NaN"),
     (["--reward", "mine.py:flat"], "shape"), (["--run", "taken"], "exists already"), (["--run", "../away"], "not a plain folder name"), (["--device", "abacus"], "device")])
 def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
     (tmp_path / "mine.py").write_text("def nan(q, a):\n    return [[float('nan')] * len(g) for g in a]\ndef flat(q, a):\n    return [0.0]\n")

@@ -210,32 +210,40 @@ def spoil(query, rng):
             return bad
 
 
+def slip(answer, rng):
+    """The answer with one or two letters wrong, or two swapped, or one left out: a careless person's. Never the same."""
+    while True:
+        letters = list(answer)
+        for _ in range(rng.randint(1, 2)):
+            i = rng.randrange(len(letters))
+            letters[i] = rng.choice("0123456789" if letters[i].isdigit() else LETTERS)
+        if rng.random() < 0.5:
+            del letters[rng.randrange(len(letters))]
+        elif rng.random() < 0.5 and len(letters) > 1:
+            i = rng.randrange(len(letters) - 1)
+            letters[i], letters[i + 1] = letters[i + 1], letters[i]
+        if letters and "".join(letters) != answer:
+            return "".join(letters)
+
+
 def misanswer(query, rng):
     """A wrong answer of the sort a Solver gives: a slip, a step left out, another instruction's answer, or noise."""
     right = solve(query) or solve(draw(rng))
     while True:
-        way = rng.choice(["slip", "slip", "half", "half", "other", "noise", "long", "empty"])
-        wrong = list(right)
+        way = rng.choice(["slip", "slip", "half", "half", "other", "noise", "long", "short"])
         if way == "slip":
-            for _ in range(rng.randint(1, 2)):
-                i = rng.randrange(len(wrong))
-                wrong[i] = rng.choice("0123456789" if wrong[i].isdigit() else LETTERS)
-            if rng.random() < 0.5:
-                del wrong[rng.randrange(len(wrong))]
-            elif rng.random() < 0.5 and len(wrong) > 1:
-                i = rng.randrange(len(wrong) - 1)
-                wrong[i], wrong[i + 1] = wrong[i + 1], wrong[i]
-        elif way == "half" and ", " in query:  # as if one step had been overlooked
+            wrong = slip(right, rng)
+        elif way == "half":  # as if one step had been overlooked
             parts = query[:-1].split(", then ")
             parts.pop(rng.randrange(len(parts)))
-            wrong = solve(", then ".join(parts) + ".") or ""
+            wrong = solve(", then ".join(parts) + ".") or right[:-1]
         elif way == "other":
             wrong = solve(draw(rng))
         elif way == "noise":
             wrong = [rng.choice(PHRASES + list(LETTERS)) for _ in range(rng.randint(1, 10))]
         elif way == "long":
             wrong = right + rng.choice([right, rng.choice(LETTERS) * 4, " and " + right])
-        elif way == "empty":
+        else:
             wrong = right[: rng.randrange(len(right))]
         if "".join(wrong) != right or solve(query) is None:
             return "".join(wrong)
@@ -269,7 +277,7 @@ PHRASES = sorted({
     *(piece for phrase in OPERATIONS for piece in re.split(r"{\w}", phrase) if piece),
 }, key=len, reverse=True)
 PROMPT_PHRASES = [CHALLENGER_PROMPT, *re.findall(r"[^:;.]+[:;.]", JUDGE_PROMPT), "Query: ", "\nAnswer: "]
-CHARACTERS = list(LETTERS + LETTERS.upper() + "0123456789")
+CHARACTERS = [chr(i) for i in range(33, 127)] + ["\n"]  # so that any plain text keeps its letters
 
 
 def phrases(text):
