@@ -94,9 +94,9 @@ def table(summaries):
     return "\n".join([*lines, "95 % intervals; sampled: 8 answers at temperature 1; greedy tells learning from sharpening"])
 
 
-def win_line(win):
+def win_line(win, against="the start"):
     """The win rate as one sentence."""
-    return f"win rate against the start, ties as half: {100 * win[0]:.1f} % [{100 * win[1]:.1f}, {100 * win[2]:.1f}]"
+    return f"win rate against {against}, ties as half: {100 * win[0]:.1f} % [{100 * win[1]:.1f}, {100 * win[2]:.1f}]"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +116,8 @@ def new_run(name, game, settings):
             if name:
                 raise UserError(f"{folder} exists already: choose another --run, nothing was touched") from None
             number += 1
+        except OSError as error:
+            raise UserError(f"cannot make {folder}: {error.strerror}") from None
     (folder / "settings.json").write_text(json.dumps(settings | {"torch": torch.__version__}, indent=2) + "\n")
     return folder
 
@@ -127,16 +129,16 @@ def read_metrics(run):
 
 
 def draw(runs, path):
-    """Draw the curves of one or several runs into one PNG, smoothed over a twentieth of the run."""
+    """Draw the curves of one or several runs into one PNG, smoothed over a twentieth of the run; False if there are none."""
     import matplotlib  # only who draws needs it
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = {"reward": "reward (right answers)", "quality": "quality (judge)", "valid": "well-formed queries", "spread": "groups with spread",
+    panels = {"reward": "reward", "quality": "quality (judge)", "valid": "well-formed queries", "spread": "groups with spread",
               "distinct": "distinct queries", "kl_solver": "KL of the Solver", "kl_challenger": "KL of the Challenger", "answer_tokens": "tokens an answer"}
-    data = {Path(r).name: read_metrics(r) for r in runs}
+    data = {str(r): read_metrics(r) for r in runs}
     panels = {k: v for k, v in panels.items() if any(k in d for d in data.values())}
     if not panels:
-        return
+        return False
     figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(13, 5.5), layout="constrained", squeeze=False)
     for axis, (key, title) in zip(axes.flat, panels.items()):
         for i, (name, d) in enumerate(data.items()):
@@ -149,43 +151,53 @@ def draw(runs, path):
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
         axis.set_xlabel("step", fontsize=8)
-        if key in ("reward", "quality", "valid", "spread", "distinct"):
+        if key in ("valid", "spread", "distinct"):
             axis.set_ylim(-0.03, 1.03)
-        elif key.startswith("kl"):
-            axis.set_ylim(bottom=0)
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return True
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="How often is a model right, and how often does it beat another?",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("model", nargs="+", metavar="MODEL", help="folder in Hugging Face layout, hub name, or run folder")
-    parser.add_argument("--against", default=None, metavar="MODEL", help="also score this one, and the win rate of each MODEL against it")
+    parser.add_argument("--against", default=argparse.SUPPRESS, metavar="MODEL", help="also score this one, and the win rate of each MODEL against it")
     parser.add_argument("--items", type=int, default=1000, help="held-out instructions")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    parser.add_argument("--picture", default=None, metavar="PNG", help="where to draw the curves of the runs; default: curves.png in a single run's folder")
+    parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="PNG", help="where to draw the curves of the runs; default: curves.png in a single run's folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
     if args.items < 1:
         raise UserError("--items must be at least 1")
+    if not 0 <= args.seed < 2**31:
+        raise UserError("--seed must be zero or more, and below 2**31")
     check_device(args.device)
+    against, picture = getattr(args, "against", None), getattr(args, "picture", None)
     runs = [m for m in args.model if (Path(m) / "metrics.jsonl").is_file()]
+    if picture and not runs:
+        raise UserError("--picture draws the curves of runs, and no MODEL is a run folder")
+    if picture and (not picture.endswith(".png") or not Path(picture).resolve().parent.is_dir()):
+        raise UserError(f"--picture {picture}: expected the path of a .png in a folder that exists")
     queries = language.evaluation_set(args.items)
-    rates = {}
-    for i, name in enumerate([*args.model, *([args.against] if args.against else [])]):
+
+    def score(name, number):
         model, tokenizer = load(Path(name) / "model" if (Path(name) / "metrics.jsonl").is_file() else name, args.device)
-        rates[name] = rate(model, tokenizer, queries, 1000 * args.seed + i)
-        print(f"\n{name}\n{table({'': summary(rates[name], queries)})}")
-    for name in args.model if args.against else []:
-        print(f"\n{name}: " + win_line(win_rate(rates[name]["sampled"], rates[args.against]["sampled"])).replace("the start", args.against))
+        rates = rate(model, tokenizer, queries, 1000 * args.seed + number)
+        print(f"\n{name}\n{table({'': summary(rates, queries)})}", flush=True)
+        return rates["sampled"]
+
+    ours = [score(name, i + 1) for i, name in enumerate(args.model)]
+    if against:
+        theirs = score(against, 0)
+        for name, sampled in zip(args.model, ours):
+            print(f"\n{name}: " + win_line(win_rate(sampled, theirs), against))
     if runs:
-        picture = args.picture or (Path(runs[0]) / "curves.png" if len(runs) == 1 else "curves.png")
-        draw(runs, picture)
-        print(f"curves: {picture}")
+        picture = picture or (Path(runs[0]) / "curves.png" if len(runs) == 1 else "curves.png")
+        print(f"curves: {picture}" if draw(runs, picture) else "no step was finished, so there are no curves")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     rollout = generate(model, prompts, group=8, max_new_tokens=32)            # ids, log-probabilities, finished
     for packed in pack(prompts, groups(rollout.ids, 8)):                      # the same ids, ready to be scored
         lp = logprobs(model, packed)                                          # [n], with a gradient
-    save(model, tokenizer, "folder")                      transformers, vLLM and lm-eval can open it
+    save(model, "folder")                                 transformers, vLLM and lm-eval can open it
 
 What was left out to keep this readable: other families than Llama, dropout, attention biases, quantised weights, and
 every sampling filter (top-k, top-p): the ids that were sampled must be scored under the very distribution they came from.
@@ -53,7 +53,8 @@ def check_device(name):
     """The name of a device that is really there. Raises UserError."""
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.Generator(name)
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: no such device here ({_line(error)})") from None
     return name
 
@@ -88,12 +89,14 @@ class Config:
                 raise UserError(f"config.json: {key} = {raw[key]!r} is not supported (only {supported!r})")
         rope = raw.get("rope_parameters") or {}  # where transformers 5 keeps both the base and the scaling
         scaling = raw.get("rope_scaling") or rope
+        if not isinstance(scaling, dict) or not isinstance(rope, dict):
+            raise UserError("config.json: rope_scaling is not an object")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ("default", "llama3"):
             raise UserError(f"config.json: rope scaling {kind!r} is not supported (only 'llama3')")
         try:
             if kind == "llama3":
-                scaling = {k: scaling[k] for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+                scaling = {k: float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
             heads = raw["num_attention_heads"]
             config = cls(
                 **{k: raw[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
@@ -101,21 +104,21 @@ class Config:
                 num_key_value_heads=raw.get("num_key_value_heads") or heads,
                 head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
                 max_position_embeddings=raw.get("max_position_embeddings", 2048),
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),  # transformers' default, where a config is silent
-                rope_theta=raw.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+                rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),  # transformers' default, where a config is silent
+                rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
                 rope_scaling=scaling if kind == "llama3" else None,
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
             )
             sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings")
-            bad = [k for k in sizes if int(getattr(config, k)) != getattr(config, k) or getattr(config, k) < 1]
+            bad = [k for k in sizes if not isinstance(getattr(config, k), int) or getattr(config, k) < 1]
             if bad or heads % config.num_key_value_heads or config.head_dim % 2:
                 raise UserError(f"config.json: sizes do not fit each other (look at {', '.join(bad) or 'the heads'})")
             return config
         except KeyError as missing:
             raise UserError(f"config.json lacks {missing}") from None
-        except (TypeError, ValueError):
-            raise UserError("config.json: a size is not a number") from None
+        except (TypeError, ValueError, ZeroDivisionError):
+            raise UserError("config.json: a setting is not a usable number") from None
 
 
 def rope_table(config):
@@ -304,7 +307,7 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
             keep = (going & ~ended).nonzero()[:, 0]
             row, token, position, real = row[keep], token[keep], position[keep], real[keep]
             cache.keep(keep)
-        position = position + 1
+        position = position + (~finished[row]).long()  # a row that ended but has not left yet stands still
         if padded:
             real = F.pad(real, (0, 1), value=True)
         x = model(token[:, None], position[:, None], real[:, None, None, :] if padded else None, cache)[:, 0]  # [B, D]
@@ -542,7 +545,10 @@ def _read_weights(folder):
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if not (folder / shards[0]).is_file() and index.is_file():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise UserError(f"{index}: no weight_map from tensors to files")
+        shards = sorted(set(weight_map.values()))
     tensors = {}
     for shard in shards:
         if Path(shard).name != shard or not (folder / shard).is_file():
@@ -608,8 +614,8 @@ def _fetch(name):
                         "offline, name a local folder instead") from None
 
 
-def save(model, tokenizer, folder):
-    """Write model and tokenizer to a new or existing folder in Hugging Face layout."""
+def save(model, folder):
+    """Write a loaded model, and the tokenizer files of the folder it came from, to a folder in Hugging Face layout."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -618,7 +624,8 @@ def save(model, tokenizer, folder):
         split = weight.split(list(parts.values())) if len(parts) > 1 else [weight]
         tensors |= {name: piece.contiguous().clone() for name, piece in zip(parts, split)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    raw = {**model.raw, "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    raw = model.raw | {"torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in model.raw else {})  # newer transformers read dtype
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json"):
         if (model.folder / name).is_file() and model.folder.resolve() != folder.resolve():

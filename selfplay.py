@@ -26,7 +26,6 @@ import json
 import random
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -211,10 +210,10 @@ def parse_args(argv=None):
     g.add_argument("--queries", type=positive(int), default=32, metavar="N", help="queries a step")
     g.add_argument("--answers", type=positive(int), default=8, metavar="G", help="answers to each query")
     g.add_argument("--temperature", type=positive(float), default=1.0, help="of sampling and of training alike")
-    g.add_argument("--query-tokens", type=positive(int), default=48, help="longest query")
+    g.add_argument("--query-tokens", type=positive(int), default=48, help="longest query (not in grpo)")
     g.add_argument("--answer-tokens", type=positive(int), default=32, help="longest answer")
     g = parser.add_argument_group("the loss")
-    g.add_argument("--lr", type=positive(float), default=1e-4, help="largest learning rate: reached in 20 steps, as Adam's first ones are its noisiest, then falling to 0")
+    g.add_argument("--lr", type=positive(float), default=1e-4, help="learning rate: it falls linearly from here to 0, after 20 steps of rising, as Adam's first ones are its noisiest")
     g.add_argument("--alpha-ch", type=at_least_zero, default=0.03, help="weight of the Challenger's loss (not in grpo)")
     g.add_argument("--quality", type=at_least_zero, default=1.0, help="weight of the quality self-reward (lsp only)")
     g.add_argument("--kl", type=at_least_zero, default=0.02, help="beta of the Solver's KL to the starting model")
@@ -225,9 +224,9 @@ def parse_args(argv=None):
     g.add_argument("--clip", type=positive(float), default=1.0, help="largest gradient norm")
     g = parser.add_argument_group("the run")
     g.add_argument("--seed", type=lambda text: int(_positive(int, text, zero=True)) % 2**63, default=0, help="seed of everything random")
-    g.add_argument("--run", default=None, help="name of the run's folder below runs/; default: the game and the next free number")
+    g.add_argument("--run", default=argparse.SUPPRESS, help="name of the run's folder below runs/; default: the game and the next free number")
     g.add_argument("--show-every", type=positive(int), default=100, help="print one game every so many steps")
-    g.add_argument("--eval-items", type=positive(int), default=500, help="held-out instructions for the score before and after")
+    g.add_argument("--eval-items", type=positive(int), default=500, help="held-out instructions for the score before and after (with --reward exact)")
     g.add_argument("--micro-batch", type=positive(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     return parser.parse_args(argv)
@@ -251,16 +250,16 @@ def main(argv=None):
     reference = copy.deepcopy(model).requires_grad_(False)  # the starting model: KL anchor, judge, and opponent at the end
     referee = ExactReward() if args.reward == "exact" else load_referee(args.reward)
     judge = QualityReward(reference, tokenizer) if args.game == "lsp" and args.quality > 0 else None
-    folder = evaluate.new_run(args.run, args.game, vars(args))
+    folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, 1 - i / args.steps))
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, into {folder}")
-    print("the loss is about 0 all along, and that is right: the ratio is 1 and advantages are centred; its gradient is not 0")
+    print("a loss near 0 is right: the ratio is 1 and advantages are centred, so only KL is left of its value; its gradient is not 0")
 
     began, bar = time.time(), tqdm(range(1, args.steps + 1), unit="step", disable=None, dynamic_ncols=True)
     done = 0
-    with open(folder / "metrics.jsonl", "w") as metrics_file, open(folder / "games.jsonl", "w") as games_file:
+    with open(folder / "metrics.jsonl", "w", 1) as metrics_file, open(folder / "games.jsonl", "w", 1) as games_file:
         try:
             for step in bar:
                 step_began = time.time()
@@ -282,15 +281,16 @@ def main(argv=None):
             bar.write(f"stopped after step {done}; saving what there is")
         finally:
             bar.close()
-            save(model, tokenizer, folder / "model")
+            save(model, folder / "model")
     print(f"\n{done} steps in {(time.time() - began) / 60:.1f} minutes; the model is in {folder / 'model'}")
-    evaluate.draw([folder], folder / "curves.png")
+    drawn = evaluate.draw([folder], folder / "curves.png")
     if done and args.reward == "exact":  # the scoreboard speaks of the embedded language
         report = evaluate.compare(model, reference, tokenizer, args.eval_items, args.seed)
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         print("\n" + evaluate.table({"start": report["against"], "now": report["model"]}))
         print(evaluate.win_line(report["win_rate"]))
-    print(f"look at it: {folder / 'curves.png'}; every game: {folder / 'games.jsonl'}")
+    if drawn:
+        print(f"look at it: {folder / 'curves.png'}; every game: {folder / 'games.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def matrix_rate():
     return 2 * 1024**3 / statistics.median(seconds(lambda: a @ b) for _ in range(30)) / 1e9
 
 
-def bench_generate(model, tokenizer, prompts):
+def bench_generate(model, prompts):
     from transformers import AutoModelForCausalLM
     peer = AutoModelForCausalLM.from_pretrained(ROOT / "tiny").eval()
     width, pad = max(map(len, prompts)), peer.config.pad_token_id
@@ -129,7 +129,7 @@ def main():
     queries = [language.draw(rng) for _ in range(32)]
     prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
     result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-              "lsp_step": bench_lsp(*fresh()), "generate": bench_generate(model, tokenizer, prompts), "grpo_step": bench_grpo(*fresh(), queries)}
+              "lsp_step": bench_lsp(*fresh()), "generate": bench_generate(model, prompts), "grpo_step": bench_grpo(*fresh(), queries)}
     print(json.dumps({k: {n: round(x, 3) for n, x in v.items()} if isinstance(v, dict) else v for k, v in result.items()}, indent=2))
 
 

@@ -49,6 +49,7 @@ def test_command_line(tmp_path):
     run = lambda *flags: subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     done = run(str(ROOT / "tiny"), "--against", str(ROOT / "tiny"), "--items", "30")
     assert done.returncode == 0 and "win rate" in done.stdout and "greedy" in done.stdout, done.stderr
-    for flags in (["nowhere"], [str(ROOT / "tiny"), "--items", "0"], ["--wrong"]):
+    assert "50.0 % [50.0, 50.0]" not in done.stdout  # even the same model meets itself with other luck
+    for flags in (["nowhere"], [str(ROOT / "tiny"), "--items", "0"], ["--wrong"], [str(ROOT / "tiny"), "--picture", "x.png"], [str(ROOT / "tiny"), "--seed", "-1"]):
         done = run(*flags)
         assert done.returncode == 2 and "Traceback" not in done.stderr

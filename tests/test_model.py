@@ -31,18 +31,16 @@ def test_parity_with_transformers(tmp_path, changes):
     peer.save_pretrained(tmp_path / "peer")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "tiny" / name, tmp_path / "peer")
-    raw = json.loads((tmp_path / "peer" / "config.json").read_text())
-    (tmp_path / "peer" / "config.json").write_text(json.dumps(raw))
     with pytest.MonkeyPatch.context() as patch:  # its 50 ids are fewer than the borrowed tokenizer's
         patch.setattr(llama.TextTokenizer, "get_vocab_size", lambda self: 50)
-        ours, tokenizer = load(tmp_path / "peer")
+        ours, _ = load(tmp_path / "peer")
     ids = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (ours.logits(ids) - peer(ids).logits).abs().max() < 1e-4
         for prompt, row in zip(PROMPTS, generate(ours, PROMPTS, max_new_tokens=12, temperature=0).ids):
             theirs = peer.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False)
             assert row == theirs[0, len(prompt):].tolist()
-    save(ours, tokenizer, tmp_path / "ours")
+    save(ours, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in peer.state_dict().items())
 
@@ -87,6 +85,14 @@ def test_generate_ends_and_flags(small):
         assert finished == (ids[-1] == 2) and 2 not in ids[:-1] and (finished or len(ids) == 10)
     out = generate(small, [[1]], 64, 10, generator=torch.Generator().manual_seed(1), end_ids={2, 7, 9})
     assert {r[-1] for r, f in zip(out.ids, out.finished) if f} == {2, 7, 9}  # any of the end tokens ends
+
+
+def test_a_long_prompt_that_ended_cannot_stop_the_others(small):
+    """A finished row may wait in the batch beyond the model's context; it must not count."""
+    long = [1] * 60
+    end = generate(small, [long], max_new_tokens=1, temperature=0).ids[0][0]
+    out = generate(small, [long, [1, 5], [1, 6], [1, 7], [1, 8]], max_new_tokens=20, temperature=0, end_ids={end})
+    assert out.finished[0] and len(out.ids[0]) == 1
 
 
 def test_sampling_follows_the_distribution(small):
@@ -229,8 +235,8 @@ def folder(tmp_path):
 
 
 def test_save_and_load_are_bitwise(tmp_path, tiny):
-    model, tokenizer = tiny
-    save(model, tokenizer, tmp_path / "again")
+    model, _ = tiny
+    save(model, tmp_path / "again")
     again, _ = load(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     assert again.end_ids == model.end_ids
@@ -278,7 +284,10 @@ def cut_weights(folder):
     (lambda f: (f / "config.json").write_text("[]"), "an object was expected"),
     (spoil_config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "lacks 'low_freq_factor'"),
     (spoil_config(hidden_size=...), "lacks 'hidden_size'"),
-    (spoil_config(hidden_size="wide"), "not a number"),
+    (spoil_config(hidden_size="wide"), "sizes do not fit"),
+    (spoil_config(num_attention_heads=0), "look at num_attention_heads"),
+    (spoil_config(rope_theta="far"), "usable number"),
+    (spoil_config(rope_scaling="x"), "not an object"),
     (spoil_config(num_key_value_heads=3), "do not fit"),
     (spoil_config(intermediate_size=200), "config.json asks for"),
     (spoil_config(num_hidden_layers=5), "the weights lack model.layers.4"),

@@ -109,7 +109,7 @@ def judge_accuracy(model, tokenizer, n=2000, seed=1):
 
 
 def train(model, tokenizer, data, steps, batch, lr, seed, log):
-    """Supervised fine-tuning: next-token loss on the replies alone; AdamW, cosine to a tenth, 5 % warm-up."""
+    """Supervised fine-tuning: next-token loss on the replies alone; AdamW, cosine to a twentieth, 5 % warm-up."""
     rng = random.Random(seed)
     encoded = [(tokenizer.chat(messages), tokenizer.encode(reply) + [min(model.end_ids)]) for messages, reply in data]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
@@ -146,6 +146,8 @@ def main():
     parser.add_argument("--more", type=int, default=0, metavar="STEPS",
                         help="train the finished model at --out this much longer on the same set instead, and save nothing")
     args = parser.parse_args()
+    if min(args.steps, args.size, args.batch) < 1 or args.lr <= 0 or args.more < 0 or args.batch > args.size:
+        raise llama.UserError("--steps, --size, --batch and --lr must be above zero, and --batch at most --size")
     torch.manual_seed(args.seed)
     folder = Path(args.out)
     data = draw_set(args.size, args.seed)
@@ -169,9 +171,9 @@ def main():
         log(0, float("nan"), 0)
     train(model, tokenizer, data, args.more or args.steps, args.batch, args.lr / 2 if args.more else args.lr, args.seed, log)
     if not args.more:
-        llama.save(model, tokenizer, folder)
+        llama.save(model, folder)
     print("judge:", {k: round(v, 3) for k, v in judge_accuracy(model, tokenizer).items()})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(llama.run_command(main))
