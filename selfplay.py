@@ -16,7 +16,7 @@ One step, with N queries q_i of the Challenger and G answers a_ij of the Solver 
 LSP adds the judge's quality R_Q to every R of the Solver and its mean V_Q to the Challenger's pay, before the centring.
 One gradient step a batch, so the ratio pi/sg(pi) is 1 and only its gradient counts.
 
-What the paper leaves open, and what stands here: G 8; alpha_Ch 0.03 (more, and the Challenger runs ahead to what nobody
+What the paper leaves open, and what stands here: G 8; alpha_Ch 0.005 (more, and the Challenger runs ahead to what nobody
 can answer); advantages centred, not divided by their deviation; log-probabilities summed over tokens; temperature 1 for
 both; AdamW, learning rate falling to 0; a stronger KL for the Challenger. `-h` says how to change each.
 """
@@ -213,10 +213,10 @@ def parse_args(argv=None):
     g.add_argument("--query-tokens", type=positive(int), default=48, help="longest query (not in grpo)")
     g.add_argument("--answer-tokens", type=positive(int), default=32, help="longest answer")
     g = parser.add_argument_group("the loss")
-    g.add_argument("--lr", type=positive(float), default=1e-4, help="learning rate: it falls linearly from here to 0, after 20 steps of rising, as Adam's first ones are its noisiest")
-    g.add_argument("--alpha-ch", type=at_least_zero, default=0.03, help="weight of the Challenger's loss (not in grpo)")
+    g.add_argument("--lr", type=positive(float), default=7e-5, help="learning rate: it falls linearly from here to 0, after 20 steps of rising, as Adam's first ones are its noisiest")
+    g.add_argument("--alpha-ch", type=at_least_zero, default=0.005, help="weight of the Challenger's loss (not in grpo)")
     g.add_argument("--quality", type=at_least_zero, default=1.0, help="weight of the quality self-reward (lsp only)")
-    g.add_argument("--kl", type=at_least_zero, default=0.02, help="beta of the Solver's KL to the starting model")
+    g.add_argument("--kl", type=at_least_zero, default=0.005, help="beta of the Solver's KL to the starting model")
     g.add_argument("--kl-challenger", type=at_least_zero, default=0.1, help="beta of the Challenger's, not in grpo; the paper uses one for both")
     g.add_argument("--kl-form", choices=list(KL), default="k3", help="literal: as printed in the paper; its mean gradient is zero")
     g.add_argument("--advantage", choices=["centre", "std"], default="centre", help="std: also divide by the deviation, as GRPO does")
@@ -226,7 +226,7 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=lambda text: int(_positive(int, text, zero=True)) % 2**63, default=0, help="seed of everything random")
     g.add_argument("--run", default=argparse.SUPPRESS, help="name of the run's folder below runs/; default: the game and the next free number")
     g.add_argument("--show-every", type=positive(int), default=100, help="print one game every so many steps")
-    g.add_argument("--eval-items", type=positive(int), default=500, help="held-out instructions for the score before and after (with --reward exact)")
+    g.add_argument("--eval-items", type=positive(int), default=1000, help="held-out instructions for the score before and after (with --reward exact)")
     g.add_argument("--micro-batch", type=positive(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     return parser.parse_args(argv)
