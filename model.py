@@ -344,7 +344,7 @@ def pack(prompts, completions, tokens=512, device="cpu"):
             raise UserError("cannot score an empty prompt or completion")
         row = None
         for completion in group:
-            read = completion[:-1]
+            read = [*completion[:-1]]
             if row is None or len(row[0]) + len(read) > max(tokens // 2, len(prompt) + len(read)):
                 row = ([*prompt], [*range(len(prompt))], [0] * len(prompt), [], [], [])
                 rows.append(row)

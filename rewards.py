@@ -62,7 +62,8 @@ class QualityReward:
 
     @torch.no_grad()
     def __call__(self, queries, answers):
-        rows = [[self._ids(q, a) for a in group] for q, group in zip(queries, answers)]
+        different = [list(dict.fromkeys(group)) for group in answers]  # equal answers are judged once
+        rows = [[self._ids(q, a) for a in group] for q, group in zip(queries, different)]
         rubric = len(commonprefix([self.rubric, *(row for group in rows for row in group)]))
         prefix = copy.copy(self.cache)
         prefix.length = rubric  # shorter only if an odd text changed how the rubric's last token is cut
@@ -72,13 +73,15 @@ class QualityReward:
             shared = min(len(commonprefix(group)), min(map(len, group)) - 1)
             prompts.append(group[0][rubric:shared])
             rests.append([row[shared:] + [0] for row in group])
-        G, scores = len(answers[0]), torch.zeros(len(queries) * len(answers[0]), device=self.device)
+        scores = torch.zeros(sum(map(len, different)), device=self.device)
         for packed in pack(prompts, rests, device=self.device):
             last = F.pad(packed.owner[1:] != packed.owner[:-1], (0, 1), value=True)  # each answer's stand-in digit
             hidden = states(self.model, packed, prefix)[last]  # [answers of this micro-batch, D]
             p = F.linear(hidden, self.model.head[self.digits]).float().softmax(-1)  # [.., 8], among the digits alone
             scores[packed.owner[last]] = p @ torch.arange(8.0, device=self.device)
-        return scores.view(-1, G).cpu() / 7
+        scores = scores.tolist()
+        number = {(i, a): u for u, (i, a) in enumerate((i, a) for i, group in enumerate(different) for a in group)}
+        return torch.tensor([[scores[number[i, a]] for a in group] for i, group in enumerate(answers)]) / 7
 
 
 def load_referee(spec):

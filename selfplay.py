@@ -105,19 +105,21 @@ def advantages(reward, quality, pay, normalise="centre"):
     return a_sol, a_ch
 
 
-def player_loss(lp, ref, owner, advantage, weight, beta, kl="k3"):
-    """L_Sol or L_Ch over the completions of one micro-batch: (loss, sum of the tokens' KL terms).
+def player_loss(lp, ref, owner, advantage, count, weight, beta, kl="k3"):
+    """L_Sol or L_Ch over the completions of one micro-batch: (loss, sum of the tokens' KL terms). LSP section 2.
 
-    lp, ref: log-probabilities [n] under policy and reference. owner [n]: whose token. advantage, weight [M]: of all M
-    completions of the player (weight by AGGREGATE), so that the micro-batches' losses add up to the whole. LSP section 2.
+    lp, ref: log-probabilities [n] under policy and reference. owner [n]: whose token. For each of the player's U different
+    completions, in this micro-batch or not: advantage [U], summed over its count [U] copies, and weight [U] (AGGREGATE).
+    The mean is over all copies of all completions, so the micro-batches' losses add up to the whole.
     """
-    M = len(advantage)
-    total = torch.zeros(M, device=lp.device).index_add(0, owner, lp)  # log pi(text) = sum over its tokens
+    U = len(advantage)
+    total = torch.zeros(U, device=lp.device).index_add(0, owner, lp)  # log pi(text) = sum over its tokens
     ratio = (total - total.detach()).exp()  # pi / sg(pi): 1, with the gradient of log pi
     term = KL[kl](ref - lp)  # [n]
-    penalty = torch.zeros(M, device=lp.device).index_add(0, owner, term)
+    penalty = torch.zeros(U, device=lp.device).index_add(0, owner, term)
     here = owner.unique()  # the others' tokens are in other micro-batches
-    return (weight * (beta * penalty - ratio * advantage))[here].sum() / M, term.detach().sum()
+    loss = (weight * (beta * count * penalty - ratio * advantage))[here].sum() / count.sum()
+    return loss, (count * penalty)[here].detach().sum()
 
 
 def score(queries, answers, referee, judge, args):
@@ -138,18 +140,24 @@ def sides(solver, challenger, a_sol, a_ch, args):
 def update(model, reference, optimizer, players, args):
     """One optimizer step on L_Sol + alpha_Ch L_Ch: {name: (loss, KL a token)}, gradient norm before clipping.
 
-    players: what `sides` returns. A completion lies in one micro-batch; their losses add up, so the split changes nothing.
+    players: what `sides` returns. Answers that a group gave several times are computed once, with their advantages summed:
+    the same loss and gradient for less work. A completion lies in one micro-batch, so the split changes nothing.
     """
     device, report = model.embed.weight.device, {}
     for name, (player, alpha, beta) in players.items():
+        different = [list(dict.fromkeys(map(tuple, group))) for group in player.completions]  # each group's, in order
+        number = {(i, ids): u for u, (i, ids) in enumerate((i, ids) for i, group in enumerate(different) for ids in group)}
+        which = torch.tensor([number[i, tuple(ids)] for i, group in enumerate(player.completions) for ids in group], device=device)  # [M]
         lengths = torch.tensor([float(len(ids)) for group in player.completions for ids in group], device=device)  # [M]
-        advantage, weight = player.advantage.to(device), AGGREGATE[args.aggregate](lengths)
+        fold = lambda values: torch.zeros(len(number), device=device).index_add(0, which, values)  # [M] -> [U]
+        count, advantage = fold(torch.ones_like(lengths)), fold(player.advantage.to(device))
+        weight = fold(AGGREGATE[args.aggregate](lengths)) / count
         loss_sum, kl_sum = 0.0, 0.0
-        for packed in pack(player.prompts, player.completions, args.micro_batch, device):
+        for packed in pack(player.prompts, different, args.micro_batch, device):
             with torch.no_grad():
                 ref = logprobs(reference, packed, args.temperature)
             lp = logprobs(model, packed, args.temperature)
-            loss, kl = player_loss(lp, ref, packed.owner, advantage, weight, beta, args.kl_form)
+            loss, kl = player_loss(lp, ref, packed.owner, advantage, count, weight, beta, args.kl_form)
             (alpha * loss).backward()
             loss_sum, kl_sum = loss_sum + loss.item(), kl_sum + kl.item()
         report[name] = (loss_sum, kl_sum / lengths.sum().item())

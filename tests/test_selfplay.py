@@ -71,7 +71,7 @@ ADVANTAGE = torch.tensor([1.0, -1.0])
 def loss_and_gradient(beta, kl="k3", aggregate="sum"):
     lp = LP.clone().requires_grad_()
     weight = AGGREGATE[aggregate](torch.tensor([2.0, 1.0]))  # by the completions' lengths
-    loss, kl = player_loss(lp, REF, OWNER, ADVANTAGE, weight, beta, kl)
+    loss, kl = player_loss(lp, REF, OWNER, ADVANTAGE, torch.ones(2), weight, beta, kl)
     loss.backward()
     return loss.item(), lp.grad, kl.item()
 
@@ -104,7 +104,7 @@ def test_literal_kl_does_nothing_in_the_mean_and_k3_does():
     gradients = {}
     for kl in ("literal", "k3"):
         lp = logits.log_softmax(-1)
-        every = [player_loss(lp[t:t + 1], ref[t:t + 1], torch.tensor([0]), torch.zeros(1), torch.ones(1), 1.0, kl)[0] for t in range(6)]
+        every = [player_loss(lp[t:t + 1], ref[t:t + 1], torch.tensor([0]), torch.zeros(1), torch.ones(1), torch.ones(1), 1.0, kl)[0] for t in range(6)]
         mean = (torch.stack(every) * lp.exp().detach()).sum()  # the expectation over samples, computed and not sampled
         gradients[kl] = torch.autograd.grad(mean, logits)[0]
     assert gradients["literal"].abs().max() < 1e-6
@@ -142,6 +142,28 @@ def test_gradient_and_logged_loss_do_not_depend_on_the_micro_batch_split(small, 
     player = played(small)._replace(advantage=advantages(torch.rand(3, 4), ZERO, MINIMAX)[0].flatten())
     (whole, report), (split, split_report) = (gradient_of(small, player, aggregate=aggregate, micro_batch=n) for n in (4096, 8))
     assert torch.allclose(whole, split, atol=1e-5) and report == pytest.approx(split_report, rel=1e-4)
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "mean", "token"])
+def test_equal_answers_computed_once_give_the_plain_formulas_gradient(small, aggregate):
+    """The whole loss again, one answer at a time and with nothing shared: LSP's L_Sol with k3."""
+    prompts, answers = [[1, 7, 9], [1, 30]], [[[5, 6, 2], [5, 6, 2], [9, 2]], [[5, 6, 2], [2], [2]]]
+    advantage = torch.randn(6, generator=torch.Generator().manual_seed(0))  # unequal even for equal answers
+    once, report = gradient_of(small, Player(prompts, answers, None, advantage), aggregate=aggregate)
+    model, reference = copy.deepcopy(small), copy.deepcopy(small)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.05)
+    T = torch.tensor([3.0, 3, 2, 3, 1, 1])
+    loss = 0
+    for m, (prompt, answer) in enumerate((p, a) for p, group in zip(prompts, answers) for a in group):
+        packed = pack([prompt], [[answer]])[0]
+        lp, ref = logprobs(model, packed), logprobs(reference, packed).detach()
+        k3 = ((ref - lp).exp() - (ref - lp) - 1).sum()
+        loss = loss + AGGREGATE[aggregate](T)[m] * (0.1 * k3 - (lp.sum() - lp.sum().detach()).exp() * advantage[m]) / 6
+    loss.backward()
+    plain = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (once - plain).abs().max() < 1e-4 * plain.abs().max() and report[0] == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_gradient_does_not_depend_on_the_order_of_queries(small):
