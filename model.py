@@ -160,7 +160,7 @@ class KVCache:
         return new
 
     def keep(self, index):
-        """Let the other rows go. Whole rows are copied, filled or not: one long copy beats many short ones."""
+        """Make these the rows (repeats allowed). Whole rows are copied, filled or not: one long copy beats many short ones."""
         self.k, self.v = self.k.index_select(1, index), self.v.index_select(1, index)
 
 
@@ -262,14 +262,15 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
 
     prompts: list of N lists of ids, of any lengths. temperature 0 takes the likeliest id (its log-probabilities are then
     those of temperature 1). generator: torch.Generator on the model's device. end_ids: default model.end_ids.
-    Every prompt is computed once and its cache handed to its whole group; rows that ended leave the batch.
+    Every prompt is computed once for its group, and so is everything that rows of a group have said alike so far: the batch
+    holds one node for each different text, and a row points to its node. Rows that ended leave at once.
     """
     if not all(prompts):
         raise UserError("cannot sample from an empty prompt")
-    device, N = model.embed.weight.device, len(prompts)
+    device, N, V = model.embed.weight.device, len(prompts), model.config.vocab_size
     ends = torch.tensor(sorted(model.end_ids if end_ids is None else end_ids), device=device)
     P = max(map(len, prompts))
-    # Left-padded, so that all rows append at the same place: [N, P], and which of those places are real.
+    # Left-padded, so that all nodes append at the same place: [N, P], and which of those places are real.
     ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)
     real = torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p in prompts], device=device)
     position = real.cumsum(1).sub(1).clamp(min=0)  # [N, P]
@@ -277,40 +278,37 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
     causal = torch.ones(P, P, dtype=torch.bool, device=device).tril()
     # Padding looks at itself only, which keeps the softmax finite; no real token looks at padding.
     mask = (causal & real[:, None, None, :]) | torch.eye(P, dtype=torch.bool, device=device) if padded else None
+    cache = KVCache(model.config, N, P + max_new_tokens, model.embed.weight)
+    x, position = model(ids, position, mask, cache)[:, -1], position[:, -1]  # [U, D], [U]: U nodes, at first the prompts
 
-    prefill = KVCache(model.config, N, P, model.embed.weight)
-    x = model(ids, position, mask, prefill)[:, -1]  # [N, D]
-    owner = torch.arange(N, device=device).repeat_interleave(group)  # [B], B = N * group
-    x, position, real = x[owner], position[owner, -1], real[owner]
-    cache = prefill.rows(owner, P + max_new_tokens)
-    del prefill
-
-    out = torch.zeros(N * group, max_new_tokens, dtype=torch.long, device=device)
-    out_lp = torch.zeros(N * group, max_new_tokens, device=device)
-    length = torch.full((N * group,), max_new_tokens, device=device)
-    finished = torch.zeros(N * group, dtype=torch.bool, device=device)
-    row = torch.arange(N * group, device=device)  # the output row of each row still in the batch
+    B = N * group
+    out = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    out_lp = torch.zeros(B, max_new_tokens, device=device)
+    length = torch.full((B,), max_new_tokens, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    row = torch.arange(B, device=device)  # the rows that are still going ..
+    node = row // group  # .. and the node of each
     for t in range(max_new_tokens):
-        logits = F.linear(x, model.head).float()  # [B, V]
+        logits = F.linear(x, model.head).float()  # [U, V]
         lp = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
-        token = torch.multinomial(lp.exp(), 1, generator=generator)[:, 0] if temperature > 0 else lp.argmax(-1)  # [B]
-        going = ~finished[row]
-        out[row[going], t] = token[going]
-        out_lp[row[going], t] = lp.gather(1, token[:, None])[:, 0][going]
-        ended = going & torch.isin(token, ends)
+        token = torch.multinomial(lp.exp()[node], 1, generator=generator)[:, 0] if temperature > 0 else lp.argmax(-1)[node]
+        out[row, t], out_lp[row, t] = token, lp[node, token]
+        ended = torch.isin(token, ends)
         finished[row[ended]] = True
         length[row[ended]] = t + 1
-        left = int((going & ~ended).sum())
-        if left == 0 or t == max_new_tokens - 1:
+        row, node, token = row[~ended], node[~ended], token[~ended]
+        if len(row) == 0 or t == max_new_tokens - 1:
             break
-        if left <= 0.7 * len(row):  # moving a row's cache costs as much as some steps of it, so not whenever one ends
-            keep = (going & ~ended).nonzero()[:, 0]
-            row, token, position, real = row[keep], token[keep], position[keep], real[keep]
-            cache.keep(keep)
-        position = position + (~finished[row]).long()  # a row that ended but has not left yet stands still
+        # A node and a token make a new node; rows that agree in both share it.
+        pair, node = (node * V + token).unique(return_inverse=True)
+        parent, token = pair // V, pair % V  # [U]
+        if not torch.equal(parent, torch.arange(len(cache.k[0]), device=device)):  # otherwise each node goes on as one
+            position, real = position[parent], real[parent]
+            cache.keep(parent)
+        position = position + 1
         if padded:
             real = F.pad(real, (0, 1), value=True)
-        x = model(token[:, None], position[:, None], real[:, None, None, :] if padded else None, cache)[:, 0]  # [B, D]
+        x = model(token[:, None], position[:, None], real[:, None, None, :] if padded else None, cache)[:, 0]  # [U, D]
     length = length.tolist()
     return Rollout([r[:n] for r, n in zip(out.tolist(), length)], [r[:n] for r, n in zip(out_lp, length)], finished.tolist())
 
