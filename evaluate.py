@@ -73,12 +73,16 @@ def win_rate(ours, theirs):
     return [item.mean().item(), item.mean().item() - half, item.mean().item() + half]
 
 
-def compare(model, against, tokenizer, items=500, seed=0):
-    """{"model": summary, "against": summary, "win_rate": [share, low, high]} on the same held-out instructions."""
-    queries = language.evaluation_set(items)
-    # Independent samples for the two players: with one seed they would answer with the same luck.
-    ours, theirs = rate(model, tokenizer, queries, 2 * seed), rate(against, tokenizer, queries, 2 * seed + 1)
-    return {"model": summary(ours, queries), "against": summary(theirs, queries), "win_rate": win_rate(ours["sampled"], theirs["sampled"])}
+def report(rates, queries):
+    """{"scores": {name: summary}, "win_rate": {name: [share, low, high]}} from {name: rates}: wins against the first name."""
+    start, *others = rates
+    return {"scores": {name: summary(r, queries) for name, r in rates.items()},
+            "win_rate": {name: win_rate(rates[name]["sampled"], rates[start]["sampled"]) for name in others}}
+
+
+def short(rates):
+    """A player's rates as half a sentence."""
+    return f"{100 * rates['sampled'].mean():.1f} % at temperature 1, {100 * rates['greedy'].mean():.1f} % greedy"
 
 
 def table(summaries):
@@ -128,19 +132,29 @@ def read_metrics(run):
     return {k: [r[k] for r in rows] for k in (rows[0] if rows else {})}
 
 
+PANELS = {  # of a run's picture: name in metrics.jsonl -> title
+    "reward": "reward", "quality": "quality (judge)", "valid": "well-formed queries", "spread": "groups with spread",
+    "distinct": "distinct queries", "kl_solver": "KL of the Solver", "kl_challenger": "KL of the Challenger",
+    "loss": "loss", "margin": "margin", "logprob_answer": "log p of people's answers", "logprob_rival": "log p of the opponent's",
+    "answer_tokens": "tokens an answer"}
+
+
 def draw(runs, path):
-    """Draw the curves of one or several runs into one PNG, smoothed over a twentieth of the run; False if there are none."""
+    """Draw the curves of one or several runs into one PNG, smoothed over a twentieth of the run; False if there are none.
+
+    The last panel shows right answers at temperature 1 (greedy dotted), from the start to the end, by iterate.
+    """
     import matplotlib  # only who draws needs it
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = {"reward": "reward", "quality": "quality (judge)", "valid": "well-formed queries", "spread": "groups with spread",
-              "distinct": "distinct queries", "kl_solver": "KL of the Solver", "kl_challenger": "KL of the Challenger", "answer_tokens": "tokens an answer"}
     data = {str(r): read_metrics(r) for r in runs}
-    panels = {k: v for k, v in panels.items() if any(k in d for d in data.values())}
+    scores = {str(r): json.loads(file.read_text())["scores"] for r in runs if (file := Path(r) / "evaluation.json").is_file()}
+    panels = [k for k in PANELS if any(k in d for d in data.values())]
     if not panels:
         return False
-    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(13, 5.5), layout="constrained", squeeze=False)
-    for axis, (key, title) in zip(axes.flat, panels.items()):
+    count = len(panels) + bool(scores)
+    figure, axes = plt.subplots(2, (count + 1) // 2, figsize=(2.6 * ((count + 1) // 2), 5.5), layout="constrained", squeeze=False)
+    for axis, key in zip(axes.flat, panels):
         for i, (name, d) in enumerate(data.items()):
             if key not in d:
                 continue
@@ -148,17 +162,38 @@ def draw(runs, path):
             smooth = [sum(d[key][max(0, j - window + 1):j + 1]) / len(d[key][max(0, j - window + 1):j + 1]) for j in range(len(d[key]))]
             axis.plot(d["step"], d[key], color=f"C{i}", alpha=0.18, linewidth=0.8)
             axis.plot(d["step"], smooth, color=f"C{i}", label=name)
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.25)
+        axis.set_title(PANELS[key], fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         if key in ("valid", "spread", "distinct"):
             axis.set_ylim(-0.03, 1.03)
-    for axis in axes.flat[len(panels):]:
+    for i, name in enumerate(data):
+        if name in scores:
+            axis, rows = axes.flat[len(panels)], [100 * torch.tensor(s["all"]["sampled"]) for s in scores[name].values()]
+            points = torch.stack(rows).T  # [share, low, high] of each iterate, the start first
+            axis.errorbar(range(len(rows)), points[0], [points[0] - points[1], points[2] - points[0]], color=f"C{i}", marker="o", capsize=3)
+            axis.plot([100 * s["all"]["greedy"][0] for s in scores[name].values()], color=f"C{i}", linestyle=":", marker=".")
+            axis.set_title("right answers, % (greedy: dots)", fontsize=10)
+            axis.set_xticks(range(max(map(len, scores.values()))), max(scores.values(), key=len), fontsize=7, rotation=20)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    for axis in axes.flat[count:]:
         axis.axis("off")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def model_folder(name):
+    """Where a run folder's model is: model/, or the last whole iterate of SPIN. Anything else is a model's own name."""
+    if not (Path(name) / "metrics.jsonl").is_file():
+        return name
+    if (Path(name) / "model").is_dir():
+        return Path(name) / "model"
+    iterates = [p for p in Path(name).glob("iteration-*") if p.name.removeprefix("iteration-").isdigit()]
+    if not iterates:
+        raise UserError(f"{name}: this run has no finished model")
+    return max(iterates, key=lambda p: int(p.name.removeprefix("iteration-")))
 
 
 def main(argv=None):
@@ -185,7 +220,7 @@ def main(argv=None):
     queries = language.evaluation_set(args.items)
 
     def score(name, number):
-        model, tokenizer = load(Path(name) / "model" if (Path(name) / "metrics.jsonl").is_file() else name, args.device)
+        model, tokenizer = load(model_folder(name), args.device)
         rates = rate(model, tokenizer, queries, 1000 * args.seed + number)
         print(f"\n{name}\n{table({'': summary(rates, queries)})}", flush=True)
         return rates["sampled"]

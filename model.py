@@ -13,6 +13,7 @@ every sampling filter (top-k, top-p): the ids that were sampled must be scored u
 Shapes: B rows, T positions, S cached positions, D width, H heads, K key-value heads, C head size, V vocabulary,
 N prompts, G completions a prompt, n completion tokens of a batch.
 """
+import argparse
 import json
 import math
 import re
@@ -47,6 +48,19 @@ def run_command(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def number(kind, zero=False):
+    """An argparse type: a number of `kind` (int, float) above zero, or zero too; anything else is refused in one line."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number' if kind is int else 'number'}") from None
+        if not (0 < value < 2**63 or zero and value == 0):
+            raise argparse.ArgumentTypeError(f"{text} is not {'zero or more' if zero else 'above zero'}" + (", or too large" if value > 0 else ""))
+        return value
+    return parse
 
 
 def check_device(name):
@@ -330,10 +344,11 @@ class Packed(NamedTuple):
     owner: torch.Tensor  # [n], which completion it belongs to, counted over all prompts in order
 
 
-def pack(prompts, completions, tokens=512, device="cpu"):
+def pack(prompts, completions, tokens=512, device="cpu", whole=False):
     """Lay prompts and their completions out as micro-batches of at most about `tokens` positions, padding included.
 
     prompts: N lists of ids. completions: N lists of lists of ids (groups may differ in size). Returns a list of Packed.
+    whole: keep each group in one row, however long, for a loss that needs all of it at once.
     Rows of similar length share a micro-batch; `owner` says which token is whose, so order and split change no result.
     """
     rows, count = [], 0
@@ -343,7 +358,7 @@ def pack(prompts, completions, tokens=512, device="cpu"):
         row = None
         for completion in group:
             read = [*completion[:-1]]
-            if row is None or len(row[0]) + len(read) > max(tokens // 2, len(prompt) + len(read)):
+            if row is None or not whole and len(row[0]) + len(read) > max(tokens // 2, len(prompt) + len(read)):
                 row = ([*prompt], [*range(len(prompt))], [0] * len(prompt), [], [], [])
                 rows.append(row)
             ids, positions, segment, source, target, owner = row
@@ -489,6 +504,15 @@ class Tokenizer:
         for i, part in enumerate(parts):
             ids += [self.special[part]] if i % 2 else self.encode(part.replace(self.MARK, "")) if part else []
         return ids
+
+    def end_of_turn(self, end_ids):
+        """The id that the template writes at the end of an assistant's answer: one of end_ids. Raises UserError for none."""
+        ids = self.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], add_generation_prompt=False)
+        answer = ids[len(self.chat([{"role": "user", "content": "a"}])):]
+        ends = [i for i in answer if i in end_ids]
+        if not ends:
+            raise UserError("the chat template ends an assistant's answer with none of the model's end tokens")
+        return ends[0]
 
     def _disarm(self, text):
         text = text.replace(self.MARK, "")

@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from model import check_device, generate, groups, load, logprobs, pack, run_command, save
+from model import check_device, generate, groups, load, logprobs, number, pack, run_command, save
 from rewards import ExactReward, QualityReward, judged, load_referee
 from tiny import language
 
@@ -205,8 +205,6 @@ def game_text(step, query, answers, reward, quality, a_sol, pay, valid):
 
 
 def parse_args(argv=None):
-    positive = lambda kind: lambda text: _positive(kind, text)
-    at_least_zero = lambda text: _positive(float, text, zero=True)
     parser = argparse.ArgumentParser(description="Language Self-Play: a Llama that learns by asking itself ever harder questions.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     g = parser.add_argument_group("the game")
@@ -214,40 +212,30 @@ def parse_args(argv=None):
     g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
     g.add_argument("--reward", default="exact", help="who judges answers: exact (the embedded language's solver) or file.py:function")
     g.add_argument("--pay", choices=list(PAY), default="minimax", help="what the Challenger is paid for a query (not in grpo)")
-    g.add_argument("--steps", type=positive(int), default=500, help="optimizer steps, one batch of games each")
-    g.add_argument("--queries", type=positive(int), default=32, metavar="N", help="queries a step")
-    g.add_argument("--answers", type=positive(int), default=8, metavar="G", help="answers to each query")
-    g.add_argument("--temperature", type=positive(float), default=1.0, help="of sampling and of training alike")
-    g.add_argument("--query-tokens", type=positive(int), default=48, help="longest query (not in grpo)")
-    g.add_argument("--answer-tokens", type=positive(int), default=32, help="longest answer")
+    g.add_argument("--steps", type=number(int), default=500, help="optimizer steps, one batch of games each")
+    g.add_argument("--queries", type=number(int), default=32, metavar="N", help="queries a step")
+    g.add_argument("--answers", type=number(int), default=8, metavar="G", help="answers to each query")
+    g.add_argument("--temperature", type=number(float), default=1.0, help="of sampling and of training alike")
+    g.add_argument("--query-tokens", type=number(int), default=48, help="longest query (not in grpo)")
+    g.add_argument("--answer-tokens", type=number(int), default=32, help="longest answer")
     g = parser.add_argument_group("the loss")
-    g.add_argument("--lr", type=positive(float), default=7e-5, help="learning rate: it falls linearly from here to 0, after 20 steps of rising, as Adam's first ones are its noisiest")
-    g.add_argument("--alpha-ch", type=at_least_zero, default=0.005, help="weight of the Challenger's loss (not in grpo)")
-    g.add_argument("--quality", type=at_least_zero, default=1.0, help="weight of the quality self-reward (lsp only)")
-    g.add_argument("--kl", type=at_least_zero, default=0.005, help="beta of the Solver's KL to the starting model")
-    g.add_argument("--kl-challenger", type=at_least_zero, default=0.1, help="beta of the Challenger's, not in grpo; the paper uses one for both")
+    g.add_argument("--lr", type=number(float), default=7e-5, help="learning rate: it falls linearly from here to 0, after 20 steps of rising, as Adam's first ones are its noisiest")
+    g.add_argument("--alpha-ch", type=number(float, zero=True), default=0.005, help="weight of the Challenger's loss (not in grpo)")
+    g.add_argument("--quality", type=number(float, zero=True), default=1.0, help="weight of the quality self-reward (lsp only)")
+    g.add_argument("--kl", type=number(float, zero=True), default=0.005, help="beta of the Solver's KL to the starting model")
+    g.add_argument("--kl-challenger", type=number(float, zero=True), default=0.1, help="beta of the Challenger's, not in grpo; the paper uses one for both")
     g.add_argument("--kl-form", choices=list(KL), default="k3", help="literal: as printed in the paper; its mean gradient is zero")
     g.add_argument("--advantage", choices=["centre", "std"], default="centre", help="std: also divide by the deviation, as GRPO does")
     g.add_argument("--aggregate", choices=list(AGGREGATE), default="sum", help="how a text's tokens add up: sum (LSP), mean of its own (GRPO), mean of all (DAPO)")
-    g.add_argument("--clip", type=positive(float), default=1.0, help="largest gradient norm")
+    g.add_argument("--clip", type=number(float), default=1.0, help="largest gradient norm")
     g = parser.add_argument_group("the run")
-    g.add_argument("--seed", type=lambda text: int(_positive(int, text, zero=True)) % 2**63, default=0, help="seed of everything random")
+    g.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of everything random")
     g.add_argument("--run", default=argparse.SUPPRESS, help="name of the run's folder below runs/; default: the game and the next free number")
-    g.add_argument("--show-every", type=positive(int), default=100, help="print one game every so many steps")
-    g.add_argument("--eval-items", type=positive(int), default=1000, help="held-out instructions for the score before and after (with --reward exact)")
-    g.add_argument("--micro-batch", type=positive(int), default=512, help="token positions computed at once; changes memory and speed only")
+    g.add_argument("--show-every", type=number(int), default=100, help="print one game every so many steps")
+    g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score before and after (with --reward exact)")
+    g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     return parser.parse_args(argv)
-
-
-def _positive(kind, text, zero=False):
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (0 < value < float("inf") or zero and value == 0):
-        raise argparse.ArgumentTypeError(f"{text} is not {'zero or more' if zero else 'above zero'}")
-    return value
 
 
 def main(argv=None):
@@ -291,13 +279,15 @@ def main(argv=None):
             bar.close()
             save(model, folder / "model")
     print(f"\n{done} steps in {(time.time() - began) / 60:.1f} minutes; the model is in {folder / 'model'}")
-    drawn = evaluate.draw([folder], folder / "curves.png")
     if done and args.reward == "exact":  # the scoreboard speaks of the embedded language
-        report = evaluate.compare(model, reference, tokenizer, args.eval_items, args.seed)
+        queries = language.evaluation_set(args.eval_items)
+        # Independent samples for the two: with one seed they would answer with the same luck.
+        rates = {name: evaluate.rate(m, tokenizer, queries, 2 * args.seed + i) for i, (name, m) in enumerate([("start", reference), ("now", model)])}
+        report = evaluate.report(rates, queries)
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-        print("\n" + evaluate.table({"start": report["against"], "now": report["model"]}))
-        print(evaluate.win_line(report["win_rate"]))
-    if drawn:
+        print("\n" + evaluate.table(report["scores"]))
+        print(evaluate.win_line(report["win_rate"]["now"]))
+    if evaluate.draw([folder], folder / "curves.png"):
         print(f"look at it: {folder / 'curves.png'}; every game: {folder / 'games.jsonl'}")
 
 

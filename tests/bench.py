@@ -3,6 +3,7 @@
 Ours and its peer alternate, so that a busy machine slows both; medians and their ratio.
     generate: 32 prompts x 8 answers on the embedded default, sampled to their natural ends, against transformers' generate
     grpo step: sample, reward, log-probabilities of policy and reference, one AdamW step, against TRL's GRPOTrainer
+    spin update: one update of an iteration's training on 64 pairs, against TRL's DPOTrainer with stored reference log-probabilities
     lsp step: its floating-point work against what this machine reaches in one large matrix product
 """
 import copy
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import model as llama  # noqa: E402
 import selfplay  # noqa: E402
+import spin  # noqa: E402
 from rewards import ExactReward, QualityReward  # noqa: E402
 from tiny import language  # noqa: E402
 
@@ -107,6 +109,42 @@ def bench_grpo(model, tokenizer, queries):
     return {"ours_s": statistics.median(a for a, _ in times), "trl_s": statistics.median(b for _, b in times), "ratio": statistics.median(b / a for a, b in times)}
 
 
+def bench_spin(model, tokenizer):
+    """The same pairs, loss, optimizer and batch; as in a real iteration, in a part of them both answers are the same."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+    args = spin.parse_args(["--device", "cpu"])
+    data = spin.language_data(64 * (ROUNDS + 1))
+    prompts, answers = spin.encode(tokenizer, data, model.end_ids, 32)
+    rivals = spin.opponent_answers(model, prompts, 32, torch.Generator().manual_seed(0))
+    pairs = [spin.Pair(*row) for row in zip(prompts, answers, rivals)]
+    ref = spin.opponent_logprobs(model, pairs, args.micro_batch)
+    ours, theirs = [], []
+    updates = spin.train(model, pairs, ref, args.lam, args.lr, args, random.Random(0))
+    next(updates)
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            theirs.append(time.perf_counter() - self.began)
+            ours.append(seconds(lambda: next(updates)))
+
+    turn = lambda role, ids: [{"role": role, "content": tokenizer.decode(ids)}]
+    rows = [{"prompt": messages, "chosen": turn("assistant", p.answer), "rejected": turn("assistant", p.rival)} for (messages, _), p in zip(data, pairs)]
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(output_dir=folder, use_cpu=True, per_device_train_batch_size=64, beta=args.lam, learning_rate=args.lr, optim="rmsprop", max_steps=ROUNDS + 1,
+                           precompute_ref_log_probs=True, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, bf16=False,
+                           gradient_checkpointing=False, seed=0)
+        DPOTrainer(AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), args=config, train_dataset=Dataset.from_list(rows),
+                   processing_class=AutoTokenizer.from_pretrained(ROOT / "tiny"), callbacks=[Clock()]).train()
+    times = list(zip(ours, theirs))[1:]
+    return {"ours_s": statistics.median(a for a, _ in times), "trl_s": statistics.median(b for _, b in times), "ratio": statistics.median(b / a for a, b in times),
+            "identical_pairs": sum(p.answer == p.rival for p in pairs) / len(pairs)}
+
+
 def bench_lsp(model, tokenizer):
     step = stepper(model, tokenizer, "--game", "lsp")
     step()
@@ -129,7 +167,8 @@ def main():
     queries = [language.draw(rng) for _ in range(32)]
     prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
     result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-              "lsp_step": bench_lsp(*fresh()), "generate": bench_generate(model, prompts), "grpo_step": bench_grpo(*fresh(), queries)}
+              "lsp_step": bench_lsp(*fresh()), "generate": bench_generate(model, prompts), "grpo_step": bench_grpo(*fresh(), queries),
+              "spin_update": bench_spin(*fresh())}
     print(json.dumps({k: {n: round(x, 3) for n, x in v.items()} if isinstance(v, dict) else v for k, v in result.items()}, indent=2))
 
 

@@ -1,7 +1,11 @@
 """The little language: its solver, its kinds, its ways to go wrong, its rubric."""
+import os
 import random
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from tiny import language as L
 
@@ -50,6 +54,26 @@ def test_spoiled_queries_have_no_answer_and_wrong_answers_are_wrong():
         query = L.draw(rng)
         assert L.solve(L.spoil(query, rng)) is None
         assert L.misanswer(query, rng) != L.solve(query)
+
+
+def test_careless_answers_are_wrong_and_of_two_sorts():
+    rng = random.Random(0)
+    for _ in range(300):
+        query = L.draw(rng)
+        assert L.careless(query, rng) != L.solve(query)
+    query = 'Take "kobani", reverse it, then write it in capitals.'
+    overlooked = [L.careless(query, rng) for _ in range(20)]
+    assert set(overlooked) == {"inabok", "KOBANI"}  # one step left out; a single step has none to overlook
+    assert len(L.careless("Add 27 and 58.", rng)) in (1, 2)
+
+
+def test_the_fine_tuning_set_is_the_same_in_every_process():
+    """The model is rebuilt from it, and SPIN learns from it: nothing may hang on the order in which a set stands."""
+    code = "from tiny import language as L; import zlib; print(zlib.crc32(repr((L.PHRASES, L.fine_tuning_set(300))).encode()))"
+    sums = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True).stdout for seed in "123"}
+    assert len(sums) == 1 and sums != {b""}
+    parts = [part for part, _, _ in L.fine_tuning_set(1000)]
+    assert abs(parts.count("solver") / 1000 - 0.70) < 0.05 and abs(parts.count("judge") / 1000 - 0.18) < 0.05
 
 
 def test_grade_is_additive():

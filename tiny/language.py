@@ -17,6 +17,7 @@ from difflib import SequenceMatcher
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KINDS = ("1 step", "2 steps", "3 steps", "numbers")
+CARELESS = 0.2  # share of the fine-tuning set's answers that are careless, as in data that people wrote
 MAX_ANSWER = 24  # letters; a longer result counts as no answer, so that no game can run away in length
 
 # What the model is told for its three parts. The Solver gets the bare query as a user turn.
@@ -230,6 +231,18 @@ def slip(answer, rng):
             return "".join(letters)
 
 
+def careless(query, rng):
+    """A wrong answer as a hasty person gives it: a step of a chain overlooked, or else a slip. Never the right one."""
+    right, steps = solve(query), query[:-1].split(", then ")
+    if len(steps) > 1:
+        start, steps[0] = steps[0].split(", ", 1)
+        steps.pop(rng.randrange(len(steps)))
+        wrong = solve(f"{start}, {', then '.join(steps)}.")
+        if wrong not in (None, right):
+            return wrong
+    return slip(right, rng)
+
+
 def misanswer(query, rng):
     """A wrong answer of the sort a Solver gives: a slip, a step left out, another instruction's answer, or noise."""
     right = solve(query) or solve(draw(rng))
@@ -273,13 +286,40 @@ def grade(query, answer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The finite set that the embedded default was fine-tuned on
+
+def conversation(part, rng):
+    """One conversation of a part ("solver", "judge", "challenger"): the messages, and the reply to learn."""
+    user = lambda text: {"role": "user", "content": text}
+    query = draw(rng)
+    if part == "challenger":
+        return [user(CHALLENGER_PROMPT)], query
+    if part == "solver":
+        return [user(query)], careless(query, rng) if rng.random() < CARELESS else solve(query)
+    # The judge: right answers to good queries, wrong ones, and anything at all to queries gone wrong.
+    u = rng.random()
+    if u < 0.4:
+        query = spoil(query, rng)
+    answer = solve(query) if 0.4 <= u < 0.65 else misanswer(query, rng)
+    exchange = JUDGE_EXCHANGE.format(query=query, answer=answer)
+    return [{"role": "system", "content": JUDGE_PROMPT}, user(exchange)], str(grade(query, answer))
+
+
+def fine_tuning_set(size, seed=0):
+    """The first `size` conversations of the set: [(part, messages, reply)], the same ones for the same seed."""
+    rng, parts = random.Random(f"fine-tuning {seed}"), {"solver": 70, "judge": 18, "challenger": 12}
+    drawn = (rng.choices(list(parts), parts.values())[0] for _ in range(size))
+    return [(part, *conversation(part, rng)) for part in drawn]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The vocabulary: each fixed phrase of the language is one token, everything else is spelled letter by letter
 
 PHRASES = sorted({
     'Take "', '", ', ", then ", '"', ".", "?", ", ", " ", "Add ", " and ", "Subtract ", " from ",
     "Which is largest: ", "Which is smallest: ", "Sort the numbers ",
     *(piece for phrase in OPERATIONS for piece in re.split(r"{\w}", phrase) if piece),
-}, key=len, reverse=True)
+}, key=lambda piece: (-len(piece), piece))  # a set has another order in each process; the vocabulary must not
 PROMPT_PHRASES = [CHALLENGER_PROMPT, *re.findall(r"[^:;.]+[:;.]", JUDGE_PROMPT), "Query: ", "\nAnswer: "]
 CHARACTERS = [chr(i) for i in range(33, 127)] + ["\n"]  # so that any plain text keeps its letters
 

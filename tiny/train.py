@@ -25,7 +25,6 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-SLIPS = 0.08  # share of the set's answers that are careless, as in data that people wrote
 SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
@@ -54,30 +53,6 @@ def build_folder(folder):
            "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True,
            "bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
     return raw, llama.Tokenizer(folder)
-
-
-def conversation(part, rng):
-    """One training conversation for a part: the messages, and the reply to learn."""
-    user = lambda text: {"role": "user", "content": text}
-    query = language.draw(rng)
-    if part == "challenger":
-        return [user(language.CHALLENGER_PROMPT)], query
-    if part == "solver":
-        answer = language.solve(query)
-        return [user(query)], language.slip(answer, rng) if rng.random() < SLIPS else answer
-    # The judge: right answers to good queries, wrong ones, and anything at all to queries gone wrong.
-    u = rng.random()
-    if u < 0.4:
-        query = language.spoil(query, rng)
-    answer = language.solve(query) if 0.4 <= u < 0.65 else language.misanswer(query, rng)
-    exchange = language.JUDGE_EXCHANGE.format(query=query, answer=answer)
-    return [{"role": "system", "content": language.JUDGE_PROMPT}, user(exchange)], str(language.grade(query, answer))
-
-
-def draw_set(size, seed):
-    """The fine-tuning set: `size` conversations, the same for the same seed."""
-    rng = random.Random(f"fine-tuning {seed}")
-    return [conversation(rng.choices(["solver", "judge", "challenger"], [70, 18, 12])[0], rng) for _ in range(size)]
 
 
 @torch.no_grad()
@@ -111,7 +86,7 @@ def judge_accuracy(model, tokenizer, n=2000, seed=1):
 def train(model, tokenizer, data, steps, batch, lr, seed, log):
     """Supervised fine-tuning: next-token loss on the replies alone; AdamW, cosine to a twentieth, 5 % warm-up."""
     rng = random.Random(seed)
-    encoded = [(tokenizer.chat(messages), tokenizer.encode(reply) + [min(model.end_ids)]) for messages, reply in data]
+    encoded = [(tokenizer.chat(messages), tokenizer.encode(reply) + [min(model.end_ids)]) for _, messages, reply in data]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / (0.05 * steps), 0.05 + 0.95 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * i / steps)).item())))
@@ -150,7 +125,7 @@ def main():
         raise llama.UserError("--steps, --size, --batch and --lr must be above zero, and --batch at most --size")
     torch.manual_seed(args.seed)
     folder = Path(args.out)
-    data = draw_set(args.size, args.seed)
+    data = language.fine_tuning_set(args.size, args.seed)
     if args.more:
         model, tokenizer = llama.load(folder)
     else:
@@ -159,7 +134,7 @@ def main():
         model.folder, model.end_ids = folder, {raw["eos_token_id"]}
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} conversations")
     queries = language.evaluation_set(1000, seed=7)
-    seen = [m[0]["content"] for m, _ in data if len(m) == 1 and m[0]["content"] != language.CHALLENGER_PROMPT][:1000]
+    seen = [messages[0]["content"] for part, messages, _ in data if part == "solver"][:1000]
 
     def log(step, loss, seconds):
         row = {"step": step, "minutes": seconds / 60, "loss": loss}

@@ -1,0 +1,334 @@
+"""Self-Play Fine-Tuning (SPIN, arXiv 2401.01335): a Llama learns to tell people's answers from its own of an iteration ago.
+
+    python spin.py                                     SPIN on the embedded default
+    python spin.py --game sft                          baseline: fine-tuning on the same answers, as many updates
+    python spin.py --iterations 1 --epochs 14          baseline: as many updates against one opponent
+    python spin.py --model FOLDER --data FILE.jsonl    your Llama, your people
+
+Iteration t has prompts x, people's answers y, and the opponent p_t, which is the last iteration's player, frozen:
+
+    y' ~ p_t(. | x)                                                        the opponent's answer
+    m  = lambda ( log p(y|x) / p_t(y|x)  -  log p(y'|x) / p_t(y'|x) )      the margin, 0 at first: p starts as p_t
+    L  = mean log(1 + exp(-m))                                             log 2 at first, and then less
+
+The trained p is the next opponent. Nothing moves any more where p_t answers as people do: then y and y' cannot be told apart.
+From iteration 1 on, the last iteration's pairs are mixed in; their log-probabilities under p_t are computed anew.
+
+What differs from the paper's settings, because answers here have 6 tokens and not 256, and the model 0.76 million parameters
+and not 7 billion: lambda 1 (the paper's 0.1 hardly ties so short an answer to its opponent), a larger learning rate, fewer pairs.
+"""
+import argparse
+import copy
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import evaluate
+from model import UserError, check_device, generate, groups, load, logprobs, number, pack, run_command, save
+from tiny import language
+
+# The loss of a margin: any convex, falling function will do (SPIN section 4.1).
+LOSS = {
+    "logistic": lambda m: F.softplus(-m),  # log(1 + exp(-m)), eq. 4.7
+    "hinge": lambda m: F.relu(1 - m),
+    "exponential": lambda m: (-m).exp(),
+}
+
+
+class Pair(NamedTuple):
+    """A prompt, what people answered, and what the opponent did: lists of ids. The two replies end alike, unless cut."""
+    prompt: list
+    answer: list
+    rival: list
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+def language_data(count):
+    """The first `count` instructions of the embedded default's own fine-tuning set, and their answers: [(messages, text)].
+
+    SPIN asks for more out of the very data that fine-tuning is done with.
+    """
+    solver = [row for row in language.fine_tuning_set(2 * count) if row[0] == "solver"]  # some 70 %
+    return [(messages, answer) for _, messages, answer in solver[:count]]
+
+
+def read_data(path):
+    """Pairs of a JSONL file: [(messages, text)]. Raises UserError with the number of the first bad line.
+
+    A line holds "prompt" and "answer", or a chat's "messages", of which the first turn is used (as in the paper), with
+    the system message before it, if there is one.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path}: not readable as text ({error})") from None
+    pairs = []
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"--data {path}, line {i}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: not JSON; one object a line is expected") from None
+        if not isinstance(row, dict) or not ("messages" in row or {"prompt", "answer"} <= row.keys()):
+            raise UserError(f'{where}: expected an object with "prompt" and "answer", or with "messages"')
+        messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}, {"role": "assistant", "content": row.get("answer")}])
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+            raise UserError(f"{where}: every message needs a text")
+        roles = [m.get("role") for m in messages]
+        turn = 3 if roles[:1] == ["system"] else 2
+        if roles[:turn] != ["system", "user", "assistant"][-turn:]:
+            raise UserError(f"{where}: the first turn must be a user's message and the assistant's answer")
+        if not messages[turn - 2]["content"].strip() or not messages[turn - 1]["content"].strip():
+            raise UserError(f"{where}: an empty prompt or answer")
+        pairs.append(([{"role": m["role"], "content": m["content"]} for m in messages[:turn - 1]], messages[turn - 1]["content"]))
+    if len(pairs) < 2:
+        raise UserError(f"--data {path}: {len(pairs)} line{'s' * (len(pairs) != 1)} of data; at least 2 are needed, each an object on its own line")
+    return pairs
+
+
+def encode(tokenizer, data, end_ids, limit):
+    """(prompts, answers) as lists of ids. An answer over `limit` tokens is cut there and has no end token, as the opponent's."""
+    end = tokenizer.end_of_turn(end_ids)
+    prompts = [tokenizer.chat(messages) for messages, _ in data]
+    answers = [(tokenizer.encode(text) + [end])[:limit] for _, text in data]
+    return prompts, answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One iteration: the opponent answers, the player trains
+
+def opponent_answers(opponent, prompts, limit, generator, rows=256):
+    """y' ~ p_t(. | x) at temperature 1: a list of ids for each prompt. One that reaches `limit` tokens has no end token."""
+    out, by_length = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for part in groups(by_length, rows):  # prompts of like length together: less padding
+        for i, ids in zip(part, generate(opponent, [prompts[i] for i in part], 1, limit, 1.0, generator).ids):
+            out[i] = ids
+    return out
+
+
+def pair_logprobs(model, pairs, micro_batch):
+    """For each micro-batch of a list of Pairs: (which pairs, their log p(y|x) and log p(y'|x) [n, 2]), with a gradient.
+
+    The prompt is computed once for both replies; a text's log-probability is the sum over its tokens, its end included.
+    """
+    device = model.embed.weight.device
+    for packed in pack([p.prompt for p in pairs], [[p.answer, p.rival] for p in pairs], micro_batch, device, whole=True):
+        total = torch.zeros(2 * len(pairs), device=device).index_add(0, packed.owner, logprobs(model, packed))
+        here = (packed.owner // 2).unique()  # whole groups: no pair lies in two micro-batches
+        yield here, total.view(-1, 2)[here]
+
+
+@torch.no_grad()
+def opponent_logprobs(opponent, pairs, micro_batch):
+    """log p_t(y|x) and log p_t(y'|x) of all pairs, [M, 2]: computed once an iteration, and kept."""
+    out = torch.zeros(len(pairs), 2, device=opponent.embed.weight.device)
+    for here, lp in pair_logprobs(opponent, pairs, micro_batch):
+        out[here] = lp
+    return out
+
+
+def spin_margin(lp, ref, lam):
+    """m [n] from the log-probabilities [n, 2] of answer and rival under player and opponent. SPIN eq. 4.7."""
+    ratio = lp - ref  # [n, 2]: log p / p_t
+    return lam * (ratio[:, 0] - ratio[:, 1])
+
+
+def spin_loss(lp, ref, lam, form="logistic"):
+    """The loss of each pair, [n]. lp, ref [n, 2]: log-probabilities of answer and rival under player and opponent."""
+    return LOSS[form](spin_margin(lp, ref, lam))
+
+
+def spin_gradients(player, pairs, ref, lam, args):
+    """Gradients of the mean loss over a batch of pairs, ref [n, 2]: {"loss", "margin", "logprob_answer", "logprob_rival"}.
+
+    Where answer and rival are the same, the margin is 0 whatever the player does: such a pair counts in the loss, as a
+    constant, and is not computed. The other three figures are means over the rest.
+    """
+    different = [i for i, p in enumerate(pairs) if p.answer != p.rival]
+    same = len(pairs) - len(different)
+    total = torch.tensor([same * LOSS[args.loss](torch.zeros(())).item(), 0.0, 0.0, 0.0])
+    ref = ref[different]
+    for here, lp in pair_logprobs(player, [pairs[i] for i in different], args.micro_batch):
+        loss = spin_loss(lp, ref[here], lam, args.loss).sum()
+        (loss / len(pairs)).backward()
+        total += torch.stack([loss.detach(), spin_margin(lp.detach(), ref[here], lam).sum(), *lp.detach().sum(0)]).cpu()
+    mean = total / torch.tensor([len(pairs)] + 3 * [max(1, len(different))])
+    return dict(zip(("loss", "margin", "logprob_answer", "logprob_rival"), mean.tolist()))
+
+
+def sft_gradients(player, pairs, args):
+    """The baseline: gradients of plain fine-tuning on the answers, the mean over their tokens: {"loss", "logprob_answer"}."""
+    packs = pack([p.prompt for p in pairs], [[p.answer] for p in pairs], args.micro_batch, player.embed.weight.device)
+    tokens, total = sum(len(p.answer) for p in pairs), 0.0
+    for packed in packs:
+        loss = -logprobs(player, packed).sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return {"loss": total, "logprob_answer": -total * tokens / len(pairs)}
+
+
+def train(player, pairs, ref, lam, lr, args, rng):
+    """Train the player for args.epochs over the pairs, ref [M, 2] (None for sft): yields each update's figures.
+
+    RMSProp without weight decay, learning rate rising over the first tenth and then falling to 0, as in the paper.
+    """
+    updates = args.epochs * math.ceil(len(pairs) / args.batch)
+    optimizer = torch.optim.RMSprop(player.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / (0.1 * updates), (updates - i) / (0.9 * updates), 1.0))
+    for _ in range(args.epochs):
+        order = rng.sample(range(len(pairs)), len(pairs))
+        for batch in groups(order, args.batch):
+            began, chosen = time.time(), [pairs[i] for i in batch]
+            row = sft_gradients(player, chosen, args) if ref is None else spin_gradients(player, chosen, ref[batch], lam, args)
+            row["gradient_norm"] = torch.nn.utils.clip_grad_norm_(player.parameters(), args.clip).item()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            yield row | {"seconds": time.time() - began}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For people
+
+def identical_line(pairs, lam, loss):
+    """How many of an iteration's new pairs teach nothing, in one line."""
+    share = sum(p.answer == p.rival for p in pairs) / len(pairs)
+    constant = LOSS[loss](torch.zeros(())).item()
+    return f"in {100 * share:.1f} % of the new pairs the opponent says what people say: they teach nothing (loss {constant:.3f}, whatever the player); lambda {lam:g}"
+
+
+def change_line(rows):
+    """What an iteration changed: its first update's figures, and the mean of its last tenth."""
+    end = rows[-max(1, len(rows) // 10):]
+    names = {"loss": "loss", "margin": "margin", "logprob_answer": "log p of people's answers", "logprob_rival": "of the opponent's"}
+    return "  ".join(f"{name} {rows[0][k]:.3f} -> {sum(r[k] for r in end) / len(end):.3f}" for k, name in names.items() if k in rows[0])
+
+
+def game_records(tokenizer, data, chosen, pairs, iteration):
+    """An iteration's new pairs for games.jsonl, as text."""
+    return [{"iteration": iteration, "prompt": data[i][0][-1]["content"], "answer": tokenizer.decode(p.answer), "rival": tokenizer.decode(p.rival)}
+            for i, p in zip(chosen, pairs)]
+
+
+def pair_text(tokenizer, messages, pair, lp, ref, lam):
+    """One pair as a person would want to read it. lp, ref [2]: of answer and rival, under player and opponent."""
+    lines = [f"    {messages[-1]['content'][:100]}"]
+    for who, ids, x, r in (("people  ", pair.answer, *(lp[0], ref[0])), ("opponent", pair.rival, *(lp[1], ref[1]))):
+        text = tokenizer.decode(ids).replace("\n", " ")[:32] or "(nothing)"
+        lines.append(f"      {who}  {text:<32}  log p_t {r:7.2f}   log p {x:7.2f}   difference {x - r:+6.2f}")
+    return "\n".join(lines + [f"      margin {spin_margin(lp[None], ref[None], lam).item():+.2f}"])
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Self-Play Fine-Tuning: a Llama that learns to tell people's answers from its own earlier ones.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    g = parser.add_argument_group("the game")
+    g.add_argument("--game", choices=["spin", "sft"], default="spin", help="sft: the baseline, plain fine-tuning on the same answers with as many updates")
+    g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
+    g.add_argument("--data", default=argparse.SUPPRESS, metavar="FILE", help='JSONL with "prompt" and "answer", or "messages"; default: the embedded default\'s own fine-tuning set')
+    g.add_argument("--iterations", type=number(int), default=4, help="how often the player becomes the opponent")
+    g.add_argument("--pairs", type=number(int), default=5000, help="new pairs an iteration; where the data ends, it begins again")
+    g.add_argument("--epochs", type=number(int), default=2, help="over an iteration's pairs: new ones, and the last iteration's")
+    g.add_argument("--batch", type=number(int), default=64, help="pairs an update")
+    g.add_argument("--answer-tokens", type=number(int), default=32, help="longest answer, people's and the opponent's")
+    g = parser.add_argument_group("the loss")
+    g.add_argument("--loss", choices=list(LOSS), default="logistic", help="of the margin (not in sft)")
+    g.add_argument("--lam", type=number(float), default=1.0, help="lambda: how closely the player is tied to its opponent (not in sft)")
+    g.add_argument("--lam-last", type=number(float), default=5.0, help="lambda of the last of several iterations (not in sft)")
+    g.add_argument("--lr", type=number(float), default=3e-5, help="peak learning rate of RMSProp in iterations 0 and 1")
+    g.add_argument("--lr-late", type=number(float), default=6e-6, help="the same from iteration 2 on")
+    g.add_argument("--clip", type=number(float), default=1.0, help="largest gradient norm")
+    g = parser.add_argument_group("the run")
+    g.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of everything random")
+    g.add_argument("--run", default=argparse.SUPPRESS, help="name of the run's folder below runs/; default: the game and the next free number")
+    g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score of each iterate (without --data)")
+    g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    path = getattr(args, "data", None)
+    generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    data = read_data(path) if path else language_data(args.pairs * args.iterations)
+    rng.shuffle(data)
+    player, tokenizer = load(args.model, args.device)
+    prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
+    folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
+    print(f"{args.game} on {args.model}: {sum(p.numel() for p in player.parameters()):,} parameters, {len(data):,} answers "
+          f"{'from ' + path if path else 'of its own fine-tuning set'}, seed {args.seed}, into {folder}")
+    if args.game == "spin":
+        print("the first loss of an iteration is log 2 = 0.693: the player still is its opponent. Both log-probabilities may fall,\n"
+              "of people's answers too; that is normal: only the margin between them is trained")
+    queries, rates = language.evaluation_set(args.eval_items), {}
+
+    def rate(name):  # the scoreboard speaks of the embedded language
+        if not path:
+            rates[name] = evaluate.rate(player, tokenizer, queries, 1000 * args.seed + len(rates))
+            print(f"right answers of {name}: {evaluate.short(rates[name])}", flush=True)
+
+    rate("start")
+    began, done, pairs = time.time(), 0, []
+    with open(folder / "metrics.jsonl", "w", 1) as metrics_file, open(folder / "games.jsonl", "w", 1) as games_file:
+        for iteration in range(args.iterations):
+            last = args.iterations > 1 and iteration == args.iterations - 1
+            lam, lr = args.lam_last if last else args.lam, args.lr if iteration < 2 else args.lr_late
+            chosen = [i % len(data) for i in range(iteration * args.pairs, (iteration + 1) * args.pairs)]
+            try:
+                opponent, ref, rivals = copy.deepcopy(player).requires_grad_(False), None, [[]] * len(chosen)
+                if args.game == "spin":
+                    rivals = opponent_answers(opponent, [prompts[i] for i in chosen], args.answer_tokens, generator)
+                new = [Pair(prompts[i], answers[i], rival) for i, rival in zip(chosen, rivals)]
+                pairs = pairs[-args.pairs:] + new  # the last iteration's, which stand at the end, and this one's
+                print(f"\niteration {iteration}: {len(pairs):,} pairs, {len(new):,} of them new; learning rate {lr:g}")
+                if args.game == "spin":
+                    ref = opponent_logprobs(opponent, pairs, args.micro_batch)
+                    games_file.write(json.dumps({"step": done, "games": game_records(tokenizer, data, chosen, new, iteration)}) + "\n")
+                    print(identical_line(new, lam, args.loss))
+                updates = args.epochs * math.ceil(len(pairs) / args.batch)
+                rows = []
+                with tqdm(train(player, pairs, ref, lam, lr, args, rng), total=updates, unit="update", disable=None, dynamic_ncols=True) as bar:
+                    for row in bar:
+                        rows.append(row)
+                        metrics_file.write(json.dumps({"step": done + len(rows), "iteration": iteration} | row) + "\n")
+                        bar.set_postfix_str("  ".join(f"{k} {row[k]:.3f}" for k in ("loss", "margin") if k in row))
+            except KeyboardInterrupt:
+                save(player, folder / f"iteration-{iteration}-unfinished")
+                print(f"stopped in iteration {iteration}; the player as it is: {folder}/iteration-{iteration}-unfinished")
+                break
+            done += len(rows)
+            save(player, folder / f"iteration-{iteration}")
+            print(change_line(rows))
+            if ref is not None:
+                show = next((i for i, p in enumerate(pairs[-len(new):], len(pairs) - len(new)) if p.answer != p.rival), None)
+                if show is not None:
+                    now = opponent_logprobs(player, [pairs[show]], args.micro_batch)[0]
+                    print(pair_text(tokenizer, data[chosen[show - len(pairs)]][0], pairs[show], now, ref[show], lam))
+            rate(f"iteration {iteration}")
+    print(f"\n{done} updates in {(time.time() - began) / 60:.1f} minutes; the iterates are in {folder}")
+    if rates:
+        report = evaluate.report(rates, queries)
+        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        print("\n" + evaluate.table(report["scores"]))
+        for name, win in report["win_rate"].items():
+            print(f"{name}: {evaluate.win_line(win)}")
+    if evaluate.draw([folder], folder / "curves.png"):
+        print(f"look at it: {folder / 'curves.png'}; what the opponent said: {folder / 'games.jsonl'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
