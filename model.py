@@ -7,8 +7,8 @@
         lp = logprobs(model, packed)                                          # [n], with a gradient
     save(model, "folder")                                 transformers, vLLM and lm-eval can open it
 
-What was left out to keep this readable: other families than Llama, dropout, attention biases, quantised weights, and
-every sampling filter (top-k, top-p): the ids that were sampled must be scored under the very distribution they came from.
+What was left out to keep this readable: families other than Llama, Mistral, Qwen2 and Qwen3 (one decoder), dropout, quantised
+weights, and every sampling filter (top-k, top-p): what was sampled must be scored under the very distribution it came from.
 
 Shapes: B rows, T positions, S cached positions, D width, H heads, K key-value heads, C head size, V vocabulary,
 N prompts, G completions a prompt, n completion tokens of a batch.
@@ -76,6 +76,9 @@ def check_device(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # The decoder
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # one decoder; what sets them apart is in Config
+
+
 @dataclass
 class Config:
     """The settings of a Llama, by their names in Hugging Face's config.json."""
@@ -91,12 +94,21 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = False
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: queries and keys are normed, head by head
+    sliding_window: int | None = None  # Mistral: texts up to this long see no window, longer ones are refused
+
+    @property
+    def context(self):
+        """The longest text, in tokens, that is computed as the model's authors would."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     @classmethod
     def from_json(cls, raw):
         """Config from a config.json's dict. Raises UserError for what this decoder would compute wrongly."""
-        if raw.get("model_type") != "llama":
-            raise UserError(f"model_type {raw.get('model_type')!r} is not supported: only 'llama' is")
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise UserError(f"model_type {family!r} is not supported; these are: {', '.join(FAMILIES)}")
         for key, supported in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
                                "quantization_config": None, "pretraining_tp": 1}.items():
             if raw.get(key, supported) != supported:
@@ -122,9 +134,13 @@ class Config:
                 rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
                 rope_scaling=scaling if kind == "llama3" else None,
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                qkv_bias=family == "qwen2",
+                qk_norm=family == "qwen3",
+                sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None,
             )
             sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings")
+            sizes += ("sliding_window",) * (config.sliding_window is not None)
             bad = [k for k in sizes if not isinstance(getattr(config, k), int) or getattr(config, k) < 1]
             if bad or heads % config.num_key_value_heads or config.head_dim % 2:
                 raise UserError(f"config.json: sizes do not fit each other (look at {', '.join(bad) or 'the heads'})")
@@ -136,7 +152,7 @@ class Config:
 
 
 def rope_table(config):
-    """cos and sin, each [max positions, C/2]: the angle of every position and frequency (RoFormer; llama3 scaling)."""
+    """cos and sin, each [context, C/2]: the angle of every position and frequency (RoFormer; llama3 scaling)."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequency = 1.0 / config.rope_theta**half  # [C/2], radians a position
     if s := config.rope_scaling:  # Llama 3.1: slow the long waves down, keep the short ones, blend in between
@@ -144,7 +160,7 @@ def rope_table(config):
         old, low, high = s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"]
         blend = ((old / wave - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (blend + (1 - blend) / s["factor"])
-    angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), frequency)
+    angle = torch.outer(torch.arange(config.context, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 
 
@@ -185,7 +201,9 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.eps = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps
         self.attention_norm = nn.Parameter(torch.ones(c.hidden_size))
-        self.qkv = nn.Linear(c.hidden_size, (self.heads + 2 * self.kv_heads) * c.head_dim, bias=False)  # one product for three
+        self.qkv = nn.Linear(c.hidden_size, (self.heads + 2 * self.kv_heads) * c.head_dim, bias=c.qkv_bias)  # one product for three
+        self.q_norm = nn.Parameter(torch.ones(c.head_dim)) if c.qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(c.head_dim)) if c.qk_norm else None
         self.out = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
         self.mlp_norm = nn.Parameter(torch.ones(c.hidden_size))
         self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)  # one product for two
@@ -196,7 +214,11 @@ class Block(nn.Module):
         H, K = self.heads, self.kv_heads
         qkv = self.qkv(F.rms_norm(x, (D,), self.attention_norm, self.eps))
         qkv = qkv.view(B, T, H + 2 * K, self.head_dim).transpose(1, 2)  # [B, H + 2K, T, C]
-        a, b = qkv[:, :H + K].chunk(2, dim=-1)  # queries and keys are turned together; rotary pairs (i, i + C/2)
+        qk = qkv[:, :H + K]
+        if self.q_norm is not None:
+            norm = lambda heads, weight: F.rms_norm(heads, (self.head_dim,), weight, self.eps)
+            qk = torch.cat((norm(qk[:, :H], self.q_norm), norm(qk[:, H:], self.k_norm)), dim=1)
+        a, b = qk.chunk(2, dim=-1)  # queries and keys are turned together; rotary pairs (i, i + C/2)
         qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
         q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + K:]
         if cache is not None:
@@ -239,7 +261,8 @@ class Llama(nn.Module):
         """
         past = cache.length if cache else 0
         if past + ids.shape[1] > len(self.cos) and (positions is None or int(positions.max()) >= len(self.cos)):
-            raise UserError(f"text of {past + ids.shape[1]} tokens is longer than the model's context of {len(self.cos)}")
+            why = " (its sliding window; longer texts would see through it)" if self.config.sliding_window else ""
+            raise UserError(f"text of {past + ids.shape[1]} tokens is longer than the model's context of {len(self.cos)}{why}")
         if positions is None:
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # [B, 1, T, C/2]
@@ -551,6 +574,10 @@ def _weight_map(config):
         names[ours + "attention_norm"] = {theirs + "input_layernorm.weight": None}
         names[ours + "qkv.weight"] = {theirs + "self_attn.q_proj.weight": config.num_attention_heads * config.head_dim,
                                       theirs + "self_attn.k_proj.weight": kv, theirs + "self_attn.v_proj.weight": kv}
+        if config.qkv_bias:
+            names[ours + "qkv.bias"] = {name.replace("weight", "bias"): rows for name, rows in names[ours + "qkv.weight"].items()}
+        if config.qk_norm:
+            names |= {ours + "q_norm": {theirs + "self_attn.q_norm.weight": None}, ours + "k_norm": {theirs + "self_attn.k_norm.weight": None}}
         names[ours + "out.weight"] = {theirs + "self_attn.o_proj.weight": None}
         names[ours + "mlp_norm"] = {theirs + "post_attention_layernorm.weight": None}
         names[ours + "gate_up.weight"] = {theirs + "mlp.gate_proj.weight": config.intermediate_size,

@@ -22,12 +22,19 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 @pytest.mark.parametrize("changes", [
     {}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"head_dim": 16},
-    {"rope_scaling": LLAMA3, "rope_theta": 500000.0}], ids=["untied", "tied", "ungrouped", "one kv head", "wide heads", "llama3 rope"])
+    {"rope_scaling": LLAMA3, "rope_theta": 500000.0}, {"model_type": "mistral", "sliding_window": 48}, {"model_type": "mistral", "sliding_window": None},
+    {"model_type": "qwen2", "tie_word_embeddings": True}, {"model_type": "qwen3", "head_dim": 16}],
+    ids=["untied", "tied", "ungrouped", "one kv head", "wide heads", "llama3 rope", "mistral", "mistral without window", "qwen2", "qwen3"])
 def test_parity_with_transformers(tmp_path, changes):
     """Logits within 1e-4, a batch of unequal prompts, greedy ids equal; and our saved folder opens there, bitwise equal."""
     transformers = pytest.importorskip("transformers", reason="the peer library transformers is not installed")
     torch.manual_seed(1)
-    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small_config(**changes), initializer_range=0.3)).eval()
+    settings = small_config(**changes, initializer_range=0.3)
+    settings.pop("architectures")
+    peer = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings)).eval()
+    with torch.no_grad():  # biases start at 0 and norms at 1: neither would be seen
+        for p in peer.parameters():
+            p += 0.2 * torch.randn_like(p) * (p.dim() == 1)
     peer.save_pretrained(tmp_path / "peer")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "tiny" / name, tmp_path / "peer")
@@ -279,6 +286,8 @@ def cut_weights(folder):
     (lambda f: (f / "tokenizer.json").write_text("[]"), "not a tokenizer"),
     (cut_weights, "cut short"),
     (spoil_config(model_type="gpt2"), "'gpt2' is not supported"),
+    (spoil_config(model_type="qwen2"), "the weights lack model.layers.0.self_attn.q_proj.bias"),
+    (spoil_config(model_type="mistral", sliding_window=0), "look at sliding_window"),
     (spoil_config(hidden_act="gelu"), "hidden_act"),
     (spoil_config(rope_scaling={"rope_type": "yarn"}), "yarn"),
     (lambda f: (f / "config.json").write_text("[]"), "an object was expected"),
@@ -312,6 +321,13 @@ def test_hub_offline_says_how_to_go_on(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match="name a local folder"):
         load("nobody/nothing")
+
+
+def test_a_text_longer_than_the_sliding_window_is_refused():
+    config = llama.Config.from_json(small_config(model_type="mistral", sliding_window=16))
+    with pytest.raises(UserError, match="context of 16 .its sliding window"):
+        llama.Llama(config)(torch.ones(1, 17, dtype=torch.long))
+    assert llama.Config.from_json(small_config(model_type="qwen2", sliding_window=16)).context == 64  # qwen's window is off unless asked for
 
 
 def test_too_long_a_text_is_refused(small):
