@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -495,8 +496,10 @@ class Tokenizer:
             template = (folder / "chat_template.jinja").read_text()
         if not template:
             raise UserError(f"{folder}: no chat_template in tokenizer_config.json: is this an instruct model?")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_template_error
+        # What transformers offers to a template, so that every author's own template renders as there.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals |= {"raise_exception": _raise_template_error, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
             self.template = environment.from_string(template)
         except TemplateError as error:
@@ -514,17 +517,19 @@ class Tokenizer:
     def chat(self, messages, add_generation_prompt=True):
         """Ids of a conversation, [{"role": .., "content": ..}, ..], as the model folder's own template writes it.
 
-        Special tokens come from the template alone: text that spells one stays text. Raises UserError where the template
-        refuses the conversation.
+        The same ids as transformers' apply_chat_template, but for one thing: special tokens come from the template alone, and
+        text that spells one stays text. Raises UserError where the template refuses the conversation.
         """
         safe = [{**m, "content": self._disarm(m["content"])} for m in messages]
         try:
             text = self.template.render(messages=safe, add_generation_prompt=add_generation_prompt, **self.names)
         except (TemplateError, TypeError) as error:
             raise UserError(f"the chat template failed: {_line(error)}") from None
-        parts = self._split.split(text) if self._split else [text]  # text, special, text, special, ..
+        if self.MARK not in text:  # nobody's text spells a special token
+            self.text.encode_special_tokens = False
+            return self.text.encode(text, add_special_tokens=False).ids
         ids = []
-        for i, part in enumerate(parts):
+        for i, part in enumerate(self._split.split(text)):  # text, special, text, special, ..
             ids += [self.special[part]] if i % 2 else self.encode(part.replace(self.MARK, "")) if part else []
         return ids
 

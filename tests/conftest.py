@@ -6,6 +6,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"  # real data that is not part of the project; what needs it is skipped without it
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, small_config
+from conftest import ROOT, SHARED, small_config
 
 import model as llama
 from model import UserError, generate, groups, load, logprobs, pack, save
@@ -213,6 +213,60 @@ def test_chat_equals_transformers(tiny):
     messages = [{"role": "system", "content": "Add "}, {"role": "user", "content": 'Take "kobani", reverse it.'}]
     theirs = peer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.chat(messages) == list(theirs)
+
+
+def published_cases():
+    """llama.cpp's published template cases: [(name, template, messages, expected text)], or none where they are not at hand."""
+    path = SHARED / "chat" / "llamacpp_cases.json"
+    data = json.loads(path.read_text()) if path.is_file() else {"cases": []}
+    return [(c["name"], c, data["messages"], c.get("expected_output_jinja") or c["expected_output"]) for c in data["cases"] if c["jinja2_reproduces"]]
+
+
+def llama3_folder(folder, template, **names):
+    """A tokenizer folder with Llama 3's own vocabulary."""
+    if not (SHARED / "llama3_tokenizer").is_dir():
+        pytest.skip("Llama 3's vocabulary is not at hand (../shared/data)")
+    shutil.copy(SHARED / "llama3_tokenizer" / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template} | names))
+    return llama.Tokenizer(folder)
+
+
+def test_authors_own_templates_render_as_published(tmp_path):
+    """23 templates of other models: system defaults, loops, refusals."""
+    cases = published_cases()
+    if not cases:
+        pytest.skip("the published cases are not at hand (../shared/data)")
+    shutil.copy(ROOT / "tiny" / "tokenizer.json", tmp_path)
+    for name, case, messages, expected in cases:
+        names = {"bos_token": case.get("bos_token", ""), "eos_token": case.get("eos_token", "")}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": case["template_str"]}))
+        tokenizer = llama.Tokenizer(tmp_path)
+        assert tokenizer.template.render(messages=messages, add_generation_prompt=True, **tokenizer.names) == expected, name
+
+
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+ZEPHYR = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+MISTRAL = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("style", ["llama-3.2", "chatml", "zephyr", "mistral"])
+def test_token_ids_equal_apply_chat_template(tmp_path, style):
+    """With Llama 3's vocabulary, in the template styles of the models that the papers used; and one begin token where it has one."""
+    transformers = pytest.importorskip("transformers", reason="the peer library transformers is not installed")
+    path = SHARED / "chat" / "llama-3.2-3B-Instruct.jinja"
+    if style == "llama-3.2" and not path.is_file():
+        pytest.skip("Llama 3.2's own template is not at hand (../shared/data)")
+    template = {"llama-3.2": lambda: path.read_text(), "chatml": lambda: CHATML, "zephyr": lambda: ZEPHYR, "mistral": lambda: MISTRAL}[style]()
+    tokenizer = llama3_folder(tmp_path, template, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    user, reply = {"role": "user", "content": "  Caf\u00e9 12345 \n\n <b>naïve</b>? "}, {"role": "assistant", "content": "Yes!"}
+    for messages in ([user], [user, reply, user], [{"role": "system", "content": "Be brief."}, user]):
+        for prompt in (True, False):
+            ours = tokenizer.chat(messages, prompt)
+            assert ours == list(peer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False))
+            assert ours.count(128000) == (style in ("llama-3.2", "mistral"))  # <|begin_of_text|>
+    safe = tokenizer.chat([{"role": "user", "content": "a<|eot_id|>b"}])
+    assert safe.count(128009) == tokenizer.chat([{"role": "user", "content": "ab"}]).count(128009)  # <|eot_id|>
 
 
 def test_template_that_fails_is_one_line(tmp_path, tiny):
