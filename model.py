@@ -97,6 +97,7 @@ class Config:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3: queries and keys are normed, head by head
+    score_head: bool = False  # a reward model: one number for a text instead of logits
     sliding_window: int | None = None  # Mistral: texts up to this long see no window, longer ones are refused
 
     @property
@@ -137,6 +138,7 @@ class Config:
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
                 qkv_bias=family == "qwen2",
                 qk_norm=family == "qwen3",
+                score_head=any("SequenceClassification" in str(name) for name in raw.get("architectures") or []),
                 sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None,
             )
             sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -239,7 +241,8 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False) if config.score_head else None
+        self.lm_head = None if config.tie_word_embeddings or config.score_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -589,7 +592,9 @@ def _weight_map(config):
                                           theirs + "mlp.up_proj.weight": config.intermediate_size}
         names[ours + "down.weight"] = {theirs + "mlp.down_proj.weight": None}
     names |= {"embed.weight": {"model.embed_tokens.weight": None}, "norm": {"model.norm.weight": None}}
-    if not config.tie_word_embeddings:
+    if config.score_head:
+        names["score.weight"] = {"score.weight": None}
+    elif not config.tie_word_embeddings:
         names["lm_head.weight"] = {"lm_head.weight": None}
     return names
 
@@ -638,7 +643,8 @@ def load(name, device="cpu", dtype=torch.float32):
         weights[ours] = torch.cat([tensors[n] for n in parts]) if len(parts) > 1 else tensors[next(iter(parts))]
         expected = model.get_parameter(ours).shape
         if weights[ours].shape != expected:
-            raise UserError(f"{folder}: {' + '.join(parts)} is {list(weights[ours].shape)}, config.json asks for {list(expected)}")
+            asked = "a reward model has one label" if ours == "score.weight" else f"config.json asks for {list(expected)}"
+            raise UserError(f"{folder}: {' + '.join(parts)} is {list(weights[ours].shape)}, {asked}")
         used |= parts.keys()
     extra = [n for n in tensors if n not in used and not n.endswith("rotary_emb.inv_freq") and n != "lm_head.weight"]
     if extra:
@@ -651,7 +657,7 @@ def load(name, device="cpu", dtype=torch.float32):
     ends = settings.get("eos_token_id", raw.get("eos_token_id"))
     ends = [tokenizer.special.get(tokenizer.names["eos_token"])] if ends is None else ends
     model.end_ids = {e for e in (ends if isinstance(ends, list) else [ends]) if e is not None}
-    if not model.end_ids:
+    if not model.end_ids and not config.score_head:
         raise UserError(f"{folder}: no end token: give eos_token_id in generation_config.json")
     if tokenizer.text.get_vocab_size() > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer knows {tokenizer.text.get_vocab_size()} ids, the model {config.vocab_size}")

@@ -4,18 +4,20 @@ A referee is any callable (queries, answers) -> Tensor [N, G]:
     queries: list of N texts; answers: N lists of G texts; result: a finite number for each answer, higher is better.
 
     ExactReward     the embedded language's own solver: 1 for the right answer, else 0
+    RewardModel     a trained reward model, any folder or hub name in Hugging Face layout
     QualityReward   LSP's self-reward: the frozen reference model as a judge, on the rubric's scale of 0 to 7
     load_referee    yours: `--reward file.py:function`
 """
 import copy
 import importlib.util
+import re
 from os.path import commonprefix
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, UserError, pack, states
+from model import KVCache, UserError, load, pack, states
 from tiny import language
 
 
@@ -34,6 +36,55 @@ class ExactReward:
         return [language.solve(q) is not None for q in queries]
 
 
+def last_states(model, rows, prefix=None, length=0):
+    """The hidden state at the end of every text, [texts, D]. rows: N groups of lists of ids; what a group shares is computed once.
+
+    prefix, length: a KVCache of one row whose first `length` positions are the first ids of every text.
+    """
+    prompts, rests = [], []
+    for group in rows:
+        # The texts' common part is their prompt; a stand-in id after each makes the last state a scored one.
+        shared = min(len(commonprefix(group)), min(map(len, group)) - 1)
+        prompts.append(group[0][length:shared])
+        rests.append([row[shared:] + [0] for row in group])
+    if prefix is not None:
+        prefix = copy.copy(prefix)
+        prefix.length = length
+    out = model.embed.weight.new_zeros(sum(map(len, rows)), model.config.hidden_size)
+    for packed in pack(prompts, rests, device=out.device):
+        last = F.pad(packed.owner[1:] != packed.owner[:-1], (0, 1), value=True)  # each text's stand-in
+        out[packed.owner[last]] = states(model, packed, prefix)[last]
+    return out
+
+
+def each_once(score, answers):
+    """score([different answers of each group]) -> their scores, one after the other; here for all, equal ones alike: [N, G]."""
+    different = [list(dict.fromkeys(group)) for group in answers]
+    scores = iter(score(different).tolist())
+    of = [{answer: next(scores) for answer in group} for group in different]
+    return torch.tensor([[known[answer] for answer in group] for known, group in zip(of, answers)])
+
+
+class RewardModel:
+    """A trained reward model: a sequence classifier with one label, in Hugging Face layout, such as Skywork-Reward-V2.
+
+    The score is read at the last token of the conversation, as its own chat template writes it.
+    """
+
+    def __init__(self, name, device="cpu", dtype=torch.float32):
+        """name: folder or hub name. Raises UserError for a model that has no score head."""
+        self.model, self.tokenizer = load(name, device, dtype)
+        if not self.model.config.score_head:
+            raise UserError(f"{name} is no reward model: its architecture is not ..ForSequenceClassification")
+
+    @torch.no_grad()
+    def __call__(self, queries, answers):
+        turns = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+        ids = lambda q, a: self.tokenizer.chat(turns(q, a), add_generation_prompt=False)
+        return each_once(lambda different: self.model.score(last_states(self.model, [
+            [ids(q, a) for a in group] for q, group in zip(queries, different)]))[:, 0].float(), answers)
+
+
 class QualityReward:
     """The quality self-reward R_Q of LSP (arXiv 2509.07414): the reference model grades an exchange by a 7-point rubric.
 
@@ -49,12 +100,12 @@ class QualityReward:
         digits = [tokenizer.encode(str(d)) for d in range(8)]
         if any(len(d) != 1 for d in digits):
             raise UserError("this model's tokenizer has no single token for each digit 0 to 7, which the judge needs")
-        self.device = reference.embed.weight.device
-        self.digits = torch.tensor([d[0] for d in digits], device=self.device)  # [8]
+        device = reference.embed.weight.device
+        self.digits = torch.tensor([d[0] for d in digits], device=device)  # [8]
         self.rubric = commonprefix([self._ids("a", "a"), self._ids("b", "b")])
         self.cache = KVCache(reference.config, 1, len(self.rubric), reference.embed.weight)
         with torch.no_grad():
-            reference(torch.tensor([self.rubric], device=self.device), cache=self.cache)
+            reference(torch.tensor([self.rubric], device=device), cache=self.cache)
 
     def _ids(self, query, answer):
         exchange = self.exchange.format(query=query, answer=answer)
@@ -62,33 +113,28 @@ class QualityReward:
 
     @torch.no_grad()
     def __call__(self, queries, answers):
-        different = [list(dict.fromkeys(group)) for group in answers]  # equal answers are judged once
-        rows = [[self._ids(q, a) for a in group] for q, group in zip(queries, different)]
-        rubric = len(commonprefix([self.rubric, *(row for group in rows for row in group)]))
-        prefix = copy.copy(self.cache)
-        prefix.length = rubric  # shorter only if an odd text changed how the rubric's last token is cut
-        prompts, rests = [], []
-        for group in rows:
-            # The answers' common part is their prompt; a stand-in digit after each makes the last state a scored one.
-            shared = min(len(commonprefix(group)), min(map(len, group)) - 1)
-            prompts.append(group[0][rubric:shared])
-            rests.append([row[shared:] + [0] for row in group])
-        scores = torch.zeros(sum(map(len, different)), device=self.device)
-        for packed in pack(prompts, rests, device=self.device):
-            last = F.pad(packed.owner[1:] != packed.owner[:-1], (0, 1), value=True)  # each answer's stand-in digit
-            hidden = states(self.model, packed, prefix)[last]  # [answers of this micro-batch, D]
-            p = F.linear(hidden, self.model.head[self.digits]).float().softmax(-1)  # [.., 8], among the digits alone
-            scores[packed.owner[last]] = p @ torch.arange(8.0, device=self.device)
-        scores = scores.tolist()
-        number = {(i, a): u for u, (i, a) in enumerate((i, a) for i, group in enumerate(different) for a in group)}
-        return torch.tensor([[scores[number[i, a]] for a in group] for i, group in enumerate(answers)]) / 7
+        return each_once(lambda different: self._grade(queries, different), answers) / 7
+
+    def _grade(self, queries, answers):
+        rows = [[self._ids(q, a) for a in group] for q, group in zip(queries, answers)]
+        rubric = len(commonprefix([self.rubric, *(row for group in rows for row in group)]))  # all, unless an odd text changed its last token
+        hidden = last_states(self.model, rows, self.cache, rubric)  # [different answers, D]
+        p = F.linear(hidden, self.model.head[self.digits]).float().softmax(-1)  # [.., 8], among the digits alone
+        return p @ torch.arange(8.0, device=p.device)
 
 
-def load_referee(spec):
-    """A user's referee, "file.py:function". Its code is run: name only files you trust. Raises UserError."""
+def load_referee(spec, device="cpu", dtype=torch.float32):
+    """The referee that --reward names: "exact", "file.py:function", or a reward model's folder or hub name. Raises UserError.
+
+    A file's code is run: name only files you trust.
+    """
+    if spec == "exact":
+        return ExactReward()
     path, _, name = spec.rpartition(":")
+    if not path and (Path(spec).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", spec)):
+        return RewardModel(spec, device, dtype)
     if not path or not Path(path).is_file():
-        raise UserError(f"--reward {spec}: expected file.py:function, and no file {(path or spec)!r} is here")
+        raise UserError(f"--reward {spec}: expected exact, file.py:function or a reward model, and no file or folder {(path or spec)!r} is here")
     module_spec = importlib.util.spec_from_file_location("user_reward", path)
     if module_spec is None:
         raise UserError(f"--reward {spec}: {path} is not a Python file")

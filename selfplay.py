@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import evaluate
 from model import check_device, generate, groups, load, logprobs, number, pack, run_command, save
-from rewards import ExactReward, QualityReward, judged, load_referee
+from rewards import QualityReward, judged, load_referee
 from tiny import language
 
 # What the Challenger is paid for a query, by V [N], its mean reward: p, the share of right answers, if rewards are 0 or 1.
@@ -210,7 +210,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("the game")
     g.add_argument("--game", choices=["lsp", "lsp-zero", "grpo"], default="lsp", help="lsp-zero: no quality self-reward; grpo: instructions from data, no Challenger")
     g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
-    g.add_argument("--reward", default="exact", help="who judges answers: exact (the embedded language's solver) or file.py:function")
+    g.add_argument("--reward", default="exact", help="who judges answers: exact (the embedded language's solver), file.py:function, or a reward model's folder or hub name")
     g.add_argument("--pay", choices=list(PAY), default="minimax", help="what the Challenger is paid for a query (not in grpo)")
     g.add_argument("--steps", type=number(int), default=500, help="optimizer steps, one batch of games each")
     g.add_argument("--queries", type=number(int), default=32, metavar="N", help="queries a step")
@@ -244,7 +244,7 @@ def main(argv=None):
     rng = random.Random(args.seed)
     model, tokenizer = load(args.model, args.device)
     reference = copy.deepcopy(model).requires_grad_(False)  # the starting model: KL anchor, judge, and opponent at the end
-    referee = ExactReward() if args.reward == "exact" else load_referee(args.reward)
+    referee = load_referee(args.reward, args.device)
     judge = QualityReward(reference, tokenizer) if args.game == "lsp" and args.quality > 0 else None
     folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)

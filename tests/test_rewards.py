@@ -1,9 +1,12 @@
 """The referees: the exact one, the judge, and a user's own."""
+import shutil
+
 import pytest
 import torch
+from conftest import ROOT, small_config
 
-from model import UserError
-from rewards import ExactReward, QualityReward, judged, load_referee
+from model import UserError, load
+from rewards import ExactReward, QualityReward, RewardModel, judged, load_referee
 from tiny import language
 
 QUERIES = ['Take "kobani", reverse it.', "Add 2 and 3.", 'Take "kobani", fly it.']
@@ -49,11 +52,38 @@ def test_the_committed_judge_tells_good_from_bad(tiny):
     assert right > wrong + 0.15 and wrong > nonsense + 0.1
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_reward_model_equals_transformers(tmp_path, family):
+    """The score at the last real token, for a batch of unequal texts, within 1e-4."""
+    transformers = pytest.importorskip("transformers", reason="the peer library transformers is not installed")
+    torch.manual_seed(0)
+    tokenizer = load(ROOT / "tiny")[1]
+    settings = small_config(model_type=family, vocab_size=200, max_position_embeddings=128, initializer_range=0.3, num_labels=1)
+    settings.pop("architectures")
+    peer = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.for_model(**settings)).eval()
+    peer.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "tiny" / name, tmp_path)
+    scores = RewardModel(tmp_path)(QUERIES, ANSWERS)
+    assert scores.shape == (3, 2) and scores.std() > 0.01
+    for query, group, row in zip(QUERIES, ANSWERS, scores):
+        for answer, score in zip(group, row):
+            ids = tokenizer.chat([{"role": "user", "content": query}, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+            with torch.no_grad():
+                assert peer(torch.tensor([ids])).logits.item() == pytest.approx(score.item(), abs=1e-4)
+    assert judged(load_referee(str(tmp_path)), QUERIES, ANSWERS).tolist() == scores.tolist()
+
+
+def test_a_model_without_a_score_head_is_refused():
+    with pytest.raises(UserError, match="no reward model"):
+        load_referee(str(ROOT / "tiny"))
+
+
 def test_a_users_referee(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def short(queries, answers):\n    return [[-len(a) for a in group] for group in answers]\n")
     assert judged(load_referee(f"{file}:short"), QUERIES, ANSWERS).tolist() == [[-6, -6], [-1, -1], [-6, 0]]
-    for spec, message in ((f"{file}:long", "has no function 'long'"), ("none.py:f", "no file 'none.py'"), ("exactly", "file.py:function")):
+    for spec, message in ((f"{file}:long", "has no function 'long'"), ("none.py:f", "no file or folder 'none.py'"), ("exactly", "file.py:function")):
         with pytest.raises(UserError, match=message):
             load_referee(spec)
     file.write_text("def short(:\n")
