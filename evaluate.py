@@ -3,6 +3,7 @@
     python evaluate.py tiny                              accuracy by kind: greedy, at temperature 1, pass@8
     python evaluate.py runs/lsp-1 --against tiny         the same for both, and the win rate
     python evaluate.py runs/lsp-1 runs/grpo-1 --picture curves.png
+    python evaluate.py MODEL --against BASE --instructions alpaca_eval.json --reward REWARD_MODEL
 
 MODEL is a folder in Hugging Face layout, a hub name, or the folder of a run (then its model, and its curves are drawn).
 Held-out instructions of the embedded language; 95 % intervals.
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from model import UserError, check_device, generate, groups, load, run_command
-from rewards import ExactReward, judged
+from model import UserError, check_device, generate, groups, load, number, run_command
+from rewards import ExactReward, PairJudge, judged, load_referee
 from tiny import language
 
 SAMPLES = 8  # answers at temperature 1 for each instruction: their mean is the sampled accuracy, their best is pass@8
@@ -34,7 +35,7 @@ def answer(model, tokenizer, queries, samples=1, temperature=1.0, seed=0, max_ne
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
     prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
     rows = []
-    for part in groups(prompts, max(1, 512 // samples)):  # bounds the memory of the cache
+    for part in groups(prompts, max(1, 16384 // (samples * max_new_tokens))):  # bounds the memory of the cache
         rows += generate(model, part, samples, max_new_tokens, temperature, generator).ids
     return groups([tokenizer.decode(ids) for ids in rows], samples)
 
@@ -104,7 +105,86 @@ def win_line(win, against="the start"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs
+# Open instructions, as in both papers: AlpacaEval's format, and one answer against another's
+
+def read_instructions(path):
+    """[{"instruction", "dataset"}] of a JSON list in AlpacaEval's format. Raises UserError."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--instructions {path}: not readable as JSON ({type(error).__name__})") from None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"--instructions {path}: expected a list of objects with \"instruction\" and \"dataset\"")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
+            raise UserError(f"--instructions {path}: entry {i} has no \"instruction\"")
+    return [{"instruction": row["instruction"], "dataset": str(row.get("dataset", "all"))} for row in rows]
+
+
+def bootstrap(values, rounds=2000, seed=0):
+    """95 % percentile interval (low, high) of the mean of values [n], by drawing the items again with replacement."""
+    index = torch.randint(len(values), (rounds, len(values)), generator=torch.Generator().manual_seed(seed))
+    low, high = values[index].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def duel_table(wins, sets):
+    """Win rates of wins [n] (1, 1/2, 0) by set and overall, ties counted as half and as losses (as LSP's paper seems to)."""
+    cell = lambda v: "{:5.1f} [{:4.1f}, {:4.1f}]".format(*(100 * x for x in (v.mean().item(), *bootstrap(v))))
+    lines = [f"{'win rate, %':<24}{'ties as half':>20}{'ties as losses':>22}{'ties':>8}"]
+    for name in [*dict.fromkeys(sets), "overall"]:
+        v = wins[torch.tensor([name in ("overall", s) for s in sets])]
+        lines.append(f"{f'{name} (n={len(v)})':<24}{cell(v):>20}{cell((v == 1).float()):>22}{100 * (v == 0.5).float().mean():7.1f}%")
+    return "\n".join([*lines, "95 % intervals by bootstrap over the instructions"])
+
+
+def duel(ours, theirs, instructions, referee=None, judge=None):
+    """wins [n]: 1 where our answer is better, 1/2 for a tie, 0 else; by a referee's two rewards or by a PairJudge."""
+    queries = [row["instruction"] for row in instructions]
+    if judge:
+        return judge(queries, ours, theirs)
+    rewards = judged(referee, queries, [list(pair) for pair in zip(ours, theirs)])
+    return (rewards[:, 0] > rewards[:, 1]).float() + 0.5 * (rewards[:, 0] == rewards[:, 1]).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and runs
+
+def read_data(path):
+    """Pairs of a JSONL file: [(messages, text)]. Raises UserError with the number of the first bad line.
+
+    A line holds "prompt" (or "question") and "answer", or a chat's "messages", of which the first turn is used (as SPIN's
+    paper does), with the system message before it, if there is one.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path}: not readable as text ({error})") from None
+    pairs = []
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"--data {path}, line {i}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: not JSON; one object a line is expected") from None
+        prompt = next((k for k in ("prompt", "question") if isinstance(row, dict) and k in row), "messages")
+        if not isinstance(row, dict) or not ("messages" in row or {prompt, "answer"} <= row.keys()):
+            raise UserError(f'{where}: expected an object with "prompt" and "answer", or with "messages"')
+        messages = row.get("messages", [{"role": "user", "content": row.get(prompt)}, {"role": "assistant", "content": row.get("answer")}])
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+            raise UserError(f"{where}: every message needs a text")
+        roles = [m.get("role") for m in messages]
+        turn = 3 if roles[:1] == ["system"] else 2
+        if roles[:turn] != ["system", "user", "assistant"][-turn:]:
+            raise UserError(f"{where}: the first turn must be a user's message and the assistant's answer")
+        if not messages[turn - 2]["content"].strip() or not messages[turn - 1]["content"].strip():
+            raise UserError(f"{where}: an empty prompt or answer")
+        pairs.append(([{"role": m["role"], "content": m["content"]} for m in messages[:turn - 1]], messages[turn - 1]["content"]))
+    if len(pairs) < 2:
+        raise UserError(f"--data {path}: {len(pairs)} line{'s' * (len(pairs) != 1)} of data; at least 2 are needed, each an object on its own line")
+    return pairs
 
 def new_run(name, game, settings):
     """Make runs/<name> and write settings.json; without a name, runs/<game>-<next free number>. Never an existing folder."""
@@ -196,20 +276,44 @@ def model_folder(name):
     return max(iterates, key=lambda p: int(p.name.removeprefix("iteration-")))
 
 
+def open_duel(args):
+    """evaluate.py MODEL --against BASE --instructions FILE: both answer greedily, the better answers are counted."""
+    referee, judge = getattr(args, "reward", None), getattr(args, "judge", None)
+    if len(args.model) != 1 or not hasattr(args, "against") or (referee is None) == (judge is None):
+        raise UserError("--instructions needs one MODEL, --against, and either --reward or --judge")
+    if Path(args.outputs).exists():
+        raise UserError(f"{args.outputs} exists already: choose another --outputs, nothing was touched")
+    instructions, outputs = read_instructions(args.instructions), {}
+    referee = load_referee(referee, check_device(args.device)) if referee else None
+    for name in (args.model[0], args.against):
+        model, tokenizer = load(model_folder(name), args.device)
+        outputs[name] = [group[0] for group in answer(model, tokenizer, [row["instruction"] for row in instructions], 1, 0, max_new_tokens=args.answer_tokens)]
+        if name == args.model[0]:
+            rows = [row | {"output": text, "generator": Path(name).name} for row, text in zip(instructions, outputs[name])]
+            Path(args.outputs).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    judge = PairJudge(*load(model_folder(judge), args.device)) if judge else None
+    wins = duel(outputs[args.model[0]], outputs[args.against], instructions, referee, judge)
+    print(f"{args.model[0]} against {args.against}\n" + duel_table(wins, [row["dataset"] for row in instructions]))
+    print(f"answers: {args.outputs}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="How often is a model right, and how often does it beat another?",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("model", nargs="+", metavar="MODEL", help="folder in Hugging Face layout, hub name, or run folder")
     parser.add_argument("--against", default=argparse.SUPPRESS, metavar="MODEL", help="also score this one, and the win rate of each MODEL against it")
-    parser.add_argument("--items", type=int, default=1000, help="held-out instructions")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--items", type=number(int), default=1000, help="held-out instructions")
+    parser.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of the sampling")
     parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="PNG", help="where to draw the curves of the runs; default: curves.png in a single run's folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
+    parser.add_argument("--instructions", default=argparse.SUPPRESS, metavar="FILE", help="open instructions in AlpacaEval's format (a JSON list): win rate of the MODEL against --against by --reward or --judge")
+    parser.add_argument("--reward", default=argparse.SUPPRESS, help="with --instructions: file.py:function, or a reward model's folder or hub name")
+    parser.add_argument("--judge", default=argparse.SUPPRESS, metavar="MODEL", help="with --instructions: a chat model that is shown both answers, in both orders")
+    parser.add_argument("--answer-tokens", type=number(int), default=512, help="with --instructions: longest answer")
+    parser.add_argument("--outputs", default="model_outputs.json", metavar="FILE", help="with --instructions: where the answers go, as alpaca_eval reads them")
     args = parser.parse_args(argv)
-    if args.items < 1:
-        raise UserError("--items must be at least 1")
-    if not 0 <= args.seed < 2**31:
-        raise UserError("--seed must be zero or more, and below 2**31")
+    if hasattr(args, "instructions"):
+        return open_duel(args)
     check_device(args.device)
     against, picture = getattr(args, "against", None), getattr(args, "picture", None)
     runs = [m for m in args.model if (Path(m) / "metrics.jsonl").is_file()]

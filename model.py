@@ -620,6 +620,11 @@ def _read_weights(folder):
     return tensors
 
 
+def is_hub_name(name):
+    """Does a name look like a hub's, org/model, and not like a path here?"""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
 def load(name, device="cpu", dtype=torch.float32):
     """(model, tokenizer) of a folder in Hugging Face layout, or of a model on the hub ("org/name").
 
@@ -628,7 +633,7 @@ def load(name, device="cpu", dtype=torch.float32):
     """
     folder = Path(name)
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
+        if not is_hub_name(name):
             raise UserError(f"{name}: no such model folder")
         folder = _fetch(str(name))
     raw = _read_json(folder / "config.json")

@@ -11,14 +11,29 @@ A referee is any callable (queries, answers) -> Tensor [N, G]:
 import copy
 import importlib.util
 import re
+from fractions import Fraction
 from os.path import commonprefix
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, UserError, load, pack, states
+from model import KVCache, UserError, generate, is_hub_name, load, pack, states
 from tiny import language
+
+
+# The judge's rubric for a model that does not speak the embedded language: LSP's seven additive points, in our words.
+RUBRIC = """Grade an exchange between a user and an assistant from 0 to 7. Give one point for each of these that holds:
+1. It can be told from the query what task is asked for.
+2. The query is clear, specific and well formed.
+3. The answer can be understood.
+4. The answer covers a significant part of what was asked.
+5. The answer gives the user what is at the core of the query, in a useful way.
+6. The answer is clear, concise and well organised.
+7. The answer is likely to please the user."""
+EXPECTED = "Reply with the number of points alone, one digit."
+WRITTEN = "Justify your grade in at most three sentences, then end with the number of points as <score>n</score>."
+EXCHANGE = "Query:\n{query}\n\nAnswer:\n{answer}"
 
 
 class ExactReward:
@@ -65,6 +80,41 @@ def each_once(score, answers):
     return torch.tensor([[known[answer] for answer in group] for known, group in zip(of, answers)])
 
 
+def final_answer(text):
+    """What a worked answer comes to: its last boxed expression, or what follows its last ####, or else its last number; or None.
+
+    Numbers are made alike: $1,234.50 and 1234.5 are the same. Expressions are compared as they stand, without spaces.
+    """
+    number = r"-?\d[\d,]*(?:\.\d+)?"
+    if "\\boxed{" in text:
+        text = text[text.rindex("\\boxed{") + len("\\boxed{"):]
+        depth, end = 1, 0
+        while depth and end < len(text):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        text = text[:end - (depth == 0)]
+    elif "####" in text:
+        text = text.rpartition("####")[2]
+    else:
+        text = (re.findall(number, text) or [""])[-1]
+    text = "".join(text.split()).lstrip("$").rstrip(".")
+    return str(Fraction(text.replace(",", ""))) if re.fullmatch(number, text) else text or None
+
+
+class MathReward:
+    """1 where an answer comes to the same as the known one, else 0: for GRPO on questions with answers, as in GSM8K."""
+
+    def __init__(self, data):
+        """data: [(messages, answer)]. Raises UserError for a known answer that comes to nothing."""
+        self.known = {messages[-1]["content"]: final_answer(answer) for messages, answer in data}
+        if None in self.known.values():
+            query = next(q for q, known in self.known.items() if known is None)
+            raise UserError(f"--reward math: no number in the known answer to {query[:60]!r}")
+
+    def __call__(self, queries, answers):
+        return torch.tensor([[float(final_answer(a) == self.known[q]) for a in group] for q, group in zip(queries, answers)])
+
+
 class RewardModel:
     """A trained reward model: a sequence classifier with one label, in Hugging Face layout, such as Skywork-Reward-V2.
 
@@ -94,9 +144,9 @@ class QualityReward:
     group.
     """
 
-    def __init__(self, reference, tokenizer, prompt=language.JUDGE_PROMPT, exchange=language.JUDGE_EXCHANGE):
-        """reference: the frozen judge. prompt: the rubric. exchange: a text with {query} and {answer} in that order."""
-        self.model, self.tokenizer, self.prompt, self.exchange = reference, tokenizer, prompt, exchange
+    def __init__(self, reference, tokenizer):
+        """reference: the frozen judge. It is asked with the embedded language's rubric if it speaks that, else with RUBRIC."""
+        self.model, self.tokenizer, self.speaks = reference, tokenizer, language.spoken_by(tokenizer)
         digits = [tokenizer.encode(str(d)) for d in range(8)]
         if any(len(d) != 1 for d in digits):
             raise UserError("this model's tokenizer has no single token for each digit 0 to 7, which the judge needs")
@@ -108,8 +158,11 @@ class QualityReward:
             reference(torch.tensor([self.rubric], device=device), cache=self.cache)
 
     def _ids(self, query, answer):
-        exchange = self.exchange.format(query=query, answer=answer)
-        return self.tokenizer.chat([{"role": "system", "content": self.prompt}, {"role": "user", "content": exchange}])
+        if self.speaks:
+            exchange = language.JUDGE_EXCHANGE.format(query=query, answer=answer)
+            return self.tokenizer.chat([{"role": "system", "content": language.JUDGE_PROMPT}, {"role": "user", "content": exchange}])
+        # One user turn: not every template knows a system message.
+        return self.tokenizer.chat([{"role": "user", "content": f"{RUBRIC} {EXPECTED}\n\n" + EXCHANGE.format(query=query, answer=answer)}])
 
     @torch.no_grad()
     def __call__(self, queries, answers):
@@ -123,15 +176,66 @@ class QualityReward:
         return p @ torch.arange(8.0, device=p.device)
 
 
-def load_referee(spec, device="cpu", dtype=torch.float32):
-    """The referee that --reward names: "exact", "file.py:function", or a reward model's folder or hub name. Raises UserError.
+class WrittenQuality:
+    """The quality self-reward as the paper asks for it: the reference writes a short justification, then its score in tags.
 
-    A file's code is run: name only files you trust.
+    A verdict without a score counts as 0 points; `malformed` is the share of those in the last call.
+    """
+
+    def __init__(self, reference, tokenizer, max_new_tokens=160):
+        """reference: the frozen judge, which answers greedily."""
+        self.model, self.tokenizer, self.max_new_tokens, self.malformed = reference, tokenizer, max_new_tokens, 0.0
+
+    def __call__(self, queries, answers):
+        return each_once(lambda different: self._grade(queries, different), answers) / 7
+
+    def _grade(self, queries, answers):
+        exchanges = [EXCHANGE.format(query=q, answer=a) for q, group in zip(queries, answers) for a in group]
+        prompts = [self.tokenizer.chat([{"role": "user", "content": f"{RUBRIC} {WRITTEN}\n\n{text}"}]) for text in exchanges]
+        verdicts = [self.tokenizer.decode(ids) for ids in generate(self.model, prompts, 1, self.max_new_tokens, 0).ids]
+        scores = [self.parse(verdict) for verdict in verdicts]
+        self.malformed = scores.count(None) / len(scores)
+        return torch.tensor([float(score or 0) for score in scores])
+
+    @staticmethod
+    def parse(verdict):
+        """The last score between tags, 0 to 7; None for a verdict without one."""
+        scores = re.findall(r"<score>\s*([0-7])\s*</score>", verdict)
+        return int(scores[-1]) if scores else None
+
+
+class PairJudge:
+    """A chat model that says which of two answers is better, asked in both orders: 1, 0, or 1/2 where the orders disagree."""
+
+    QUESTION = ("Which answer to the query is better?\n\nQuery:\n{query}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}\n\n"
+                "Reply with one letter, A or B.")
+
+    def __init__(self, model, tokenizer):
+        """Raises UserError where the two letters are not single tokens."""
+        self.model, self.tokenizer, letters = model, tokenizer, [tokenizer.encode(letter) for letter in "AB"]
+        if any(len(ids) != 1 for ids in letters):
+            raise UserError("this judge's tokenizer has no single tokens for A and B")
+        self.letters = torch.tensor([ids[0] for ids in letters], device=model.embed.weight.device)
+
+    @torch.no_grad()
+    def __call__(self, queries, ours, theirs):
+        """[n] of 1 (ours is better), 0 and 1/2, for n queries and two answers to each."""
+        ask = lambda q, a, b: self.tokenizer.chat([{"role": "user", "content": self.QUESTION.format(query=q, a=a, b=b)}])
+        rows = [[ask(q, x, y), ask(q, y, x)] for q, x, y in zip(queries, ours, theirs)]
+        first = F.linear(last_states(self.model, rows), self.model.head[self.letters]).argmax(-1).view(-1, 2) == 0  # does A win? [n, 2]
+        return (first[:, 0].float() + (~first[:, 1]).float()).cpu() / 2
+
+
+def load_referee(spec, device="cpu", data=None, dtype=torch.float32):
+    """The referee that --reward names: "exact", "math" (against data's known answers), "file.py:function", or a reward model's
+    folder or hub name. Raises UserError. A file's code is run: name only files you trust.
     """
     if spec == "exact":
         return ExactReward()
+    if spec == "math":
+        return MathReward(data)
     path, _, name = spec.rpartition(":")
-    if not path and (Path(spec).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", spec)):
+    if not path and (Path(spec).is_dir() or is_hub_name(spec)):
         return RewardModel(spec, device, dtype)
     if not path or not Path(path).is_file():
         raise UserError(f"--reward {spec}: expected exact, file.py:function or a reward model, and no file or folder {(path or spec)!r} is here")

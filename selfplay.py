@@ -26,15 +26,21 @@ import json
 import random
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import evaluate
-from model import check_device, generate, groups, load, logprobs, number, pack, run_command, save
-from rewards import QualityReward, judged, load_referee
+from model import check_device, generate, groups, is_hub_name, load, logprobs, number, pack, run_command, save
+from rewards import QualityReward, WrittenQuality, judged, load_referee
 from tiny import language
+
+# The Challenger's prompt for a model that does not speak the embedded language; both variables are optional (LSP section 2.2).
+CHALLENGER_PROMPT = """Write one input that puts another assistant to the test.
+{task}{template}Write exactly one valid input{of_task}. It may be easy, hard or noisy, whatever tests the assistant best. \
+Write nothing else: no answer, no hint, no comment. Stop as soon as the input is complete."""
 
 # What the Challenger is paid for a query, by V [N], its mean reward: p, the share of right answers, if rewards are 0 or 1.
 # All but LSP's peak at middling difficulty: a query that nobody answers teaches nothing.
@@ -60,6 +66,10 @@ KL = {
 }
 
 
+# Defaults for a model that does not speak the embedded language: the paper's settings where it states them, our own elsewhere.
+REAL = {"queries": 8, "lr": 3e-6, "kl": 0.05, "kl_challenger": 0.05, "alpha_ch": 0.1, "aggregate": "token", "query_tokens": 256, "answer_tokens": 256, "micro_batch": 4096}
+
+
 class Player(NamedTuple):
     """One player's part in a step: what it was given, what it sampled, and how well that went."""
     prompts: list  # lists of ids
@@ -71,18 +81,30 @@ class Player(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # play -> score -> update
 
-def play(model, tokenizer, args, generator, rng):
-    """Both players' moves: (queries, answers, challenger or None, solver). One prompt for the Challenger, N for the Solver."""
+def challenger_prompt(tokenizer, task=None, template=None):
+    """Ids of the Challenger's prompt: the embedded language's own, or LSP's with its two variables, a task and a template."""
+    text = language.CHALLENGER_PROMPT if language.spoken_by(tokenizer) else CHALLENGER_PROMPT.format(
+        task=f"Task: {task}\n" if task else "", template=f"Template, every placeholder of which you fill in: {template}\n" if template else "",
+        of_task=" for this task" if task else "")
+    return tokenizer.chat([{"role": "user", "content": text}])
+
+
+def play(model, tokenizer, prompt, draw, args, generator):
+    """Both players' moves: (queries, answers, challenger or None, solver). One prompt for the Challenger, N for the Solver.
+
+    prompt: the Challenger's ids; or None, for GRPO: then each query is the last message of a conversation that draw() gives.
+    """
     challenger = None
-    if args.game == "grpo":
-        queries = [language.draw(rng) for _ in range(args.queries)]
+    if prompt is None:
+        conversations = [draw() for _ in range(args.queries)]
+        queries = [messages[-1]["content"] for messages in conversations]
     else:
-        prompt = tokenizer.chat([{"role": "user", "content": language.CHALLENGER_PROMPT}])
         out = generate(model, [prompt], args.queries, args.query_tokens, args.temperature, generator)
         challenger = Player([prompt], [out.ids], out.finished)
         queries = [tokenizer.decode(ids) for ids in out.ids]
-    # The query goes in as plain text of a user turn: nothing the Challenger wrote can become a special token.
-    prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
+        # The query goes in as plain text of a user turn: nothing the Challenger wrote can become a special token.
+        conversations = [[{"role": "user", "content": q}] for q in queries]
+    prompts = [tokenizer.chat(messages) for messages in conversations]
     out = generate(model, prompts, args.answers, args.answer_tokens, args.temperature, generator)
     answers = groups([tokenizer.decode(ids) for ids in out.ids], args.answers)
     return queries, answers, challenger, Player(prompts, groups(out.ids, args.answers), out.finished)
@@ -206,11 +228,16 @@ def game_text(step, query, answers, reward, quality, a_sol, pay, valid):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Language Self-Play: a Llama that learns by asking itself ever harder questions.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+                                     epilog="A model that does not speak the embedded language has these defaults instead: "
+                                            + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in REAL.items()))
     g = parser.add_argument_group("the game")
     g.add_argument("--game", choices=["lsp", "lsp-zero", "grpo"], default="lsp", help="lsp-zero: no quality self-reward; grpo: instructions from data, no Challenger")
     g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
-    g.add_argument("--reward", default="exact", help="who judges answers: exact (the embedded language's solver), file.py:function, or a reward model's folder or hub name")
+    g.add_argument("--reward", default="exact", help="who judges answers: exact (the embedded language's solver), math (the last number of an answer, against --data's), file.py:function, or a reward model's folder or hub name")
+    g.add_argument("--data", default=None, metavar="FILE", help='for grpo: instructions from JSONL with "prompt" or "question", and "answer"; none: the embedded language\'s')
+    g.add_argument("--task", default=None, help="what the Challenger is to write an input for (real models only); none: its own judgement")
+    g.add_argument("--template", default=None, help="a form with placeholders for the Challenger to fill in (real models only)")
     g.add_argument("--pay", choices=list(PAY), default="minimax", help="what the Challenger is paid for a query (not in grpo)")
     g.add_argument("--steps", type=number(int), default=500, help="optimizer steps, one batch of games each")
     g.add_argument("--queries", type=number(int), default=32, metavar="N", help="queries a step")
@@ -222,6 +249,7 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=number(float), default=7e-5, help="learning rate: it falls linearly from here to 0, after 20 steps of rising, as Adam's first ones are its noisiest")
     g.add_argument("--alpha-ch", type=number(float, zero=True), default=0.005, help="weight of the Challenger's loss (not in grpo)")
     g.add_argument("--quality", type=number(float, zero=True), default=1.0, help="weight of the quality self-reward (lsp only)")
+    g.add_argument("--judge", choices=["expected", "written"], default="expected", help="the quality self-reward: expected score of one forward pass, or a written verdict that is parsed (lsp only)")
     g.add_argument("--kl", type=number(float, zero=True), default=0.005, help="beta of the Solver's KL to the starting model")
     g.add_argument("--kl-challenger", type=number(float, zero=True), default=0.1, help="beta of the Challenger's, not in grpo; the paper uses one for both")
     g.add_argument("--kl-form", choices=list(KL), default="k3", help="literal: as printed in the paper; its mean gradient is zero")
@@ -235,7 +263,17 @@ def parse_args(argv=None):
     g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score before and after (with --reward exact)")
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (Path(args.model).is_dir() or is_hub_name(args.model)) and not language.spoken_by(args.model):
+        parser.set_defaults(**REAL)
+        args = parser.parse_args(argv)
+        if args.reward == "exact":
+            parser.error(f"{args.model} does not speak the embedded language, so --reward exact cannot judge it: name a reward model, file.py:function, or math")
+    if args.data and args.game != "grpo":
+        parser.error("--data is for --game grpo: in the other games the Challenger writes the queries")
+    if args.reward == "math" and not args.data:
+        parser.error("--reward math knows the right answers from --data alone")
+    return args
 
 
 def main(argv=None):
@@ -244,8 +282,13 @@ def main(argv=None):
     rng = random.Random(args.seed)
     model, tokenizer = load(args.model, args.device)
     reference = copy.deepcopy(model).requires_grad_(False)  # the starting model: KL anchor, judge, and opponent at the end
-    referee = load_referee(args.reward, args.device)
-    judge = QualityReward(reference, tokenizer) if args.game == "lsp" and args.quality > 0 else None
+    prompt = None if args.game == "grpo" else challenger_prompt(tokenizer, args.task, args.template)
+    data = evaluate.read_data(args.data) if args.data else None
+    draw = (lambda: rng.choice(data)[0]) if data else lambda: [{"role": "user", "content": language.draw(rng)}]
+    referee = load_referee(args.reward, args.device, data)
+    judge = None
+    if args.game == "lsp" and args.quality > 0:
+        judge = (QualityReward if args.judge == "expected" else WrittenQuality)(reference, tokenizer)
     folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, 1 - i / args.steps))
@@ -259,7 +302,7 @@ def main(argv=None):
         try:
             for step in bar:
                 step_began = time.time()
-                queries, answers, challenger, solver = play(model, tokenizer, args, generator, rng)
+                queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
                 reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args)
                 players = sides(solver, challenger, a_sol, a_ch, args)
                 losses, norm = update(model, reference, optimizer, players, args)
@@ -267,10 +310,11 @@ def main(argv=None):
 
                 valid = referee.valid(queries) if hasattr(referee, "valid") else None
                 row = measure(queries, solver, reward, quality if judge else None, valid, losses, norm)
+                row |= {"malformed": judge.malformed} if hasattr(judge, "malformed") else {}  # share of verdicts without a score
                 metrics_file.write(json.dumps({"step": step} | row | {"seconds": time.time() - step_began}) + "\n")
                 games_file.write(json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n")
                 done = step
-                bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "valid", "kl_solver") if k in row))
+                bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
                 if step % args.show_every == 0 or step == 1:
                     bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))
         except KeyboardInterrupt:

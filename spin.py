@@ -24,7 +24,6 @@ import math
 import random
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import UserError, check_device, generate, groups, load, logprobs, number, pack, run_command, save
+from model import check_device, generate, groups, load, logprobs, number, pack, run_command, save
 from tiny import language
 
 # The loss of a margin: any convex, falling function will do (SPIN section 4.1).
@@ -54,48 +53,12 @@ class Pair(NamedTuple):
 # Data
 
 def language_data(count):
-    """The first `count` instructions of the embedded default's own fine-tuning set, and their answers: [(messages, text)].
+    """The first `count` instructions of the embedded default's own fine-tuning set, answered with care: [(messages, text)].
 
-    SPIN asks for more out of the very data that fine-tuning is done with.
+    SPIN asks for more out of the very instructions that fine-tuning was done with.
     """
-    solver = [row for row in language.fine_tuning_set(2 * count) if row[0] == "solver"]  # some 70 %
-    return [(messages, answer) for _, messages, answer in solver[:count]]
-
-
-def read_data(path):
-    """Pairs of a JSONL file: [(messages, text)]. Raises UserError with the number of the first bad line.
-
-    A line holds "prompt" and "answer", or a chat's "messages", of which the first turn is used (as in the paper), with
-    the system message before it, if there is one.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path}: not readable as text ({error})") from None
-    pairs = []
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"--data {path}, line {i}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{where}: not JSON; one object a line is expected") from None
-        if not isinstance(row, dict) or not ("messages" in row or {"prompt", "answer"} <= row.keys()):
-            raise UserError(f'{where}: expected an object with "prompt" and "answer", or with "messages"')
-        messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}, {"role": "assistant", "content": row.get("answer")}])
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-            raise UserError(f"{where}: every message needs a text")
-        roles = [m.get("role") for m in messages]
-        turn = 3 if roles[:1] == ["system"] else 2
-        if roles[:turn] != ["system", "user", "assistant"][-turn:]:
-            raise UserError(f"{where}: the first turn must be a user's message and the assistant's answer")
-        if not messages[turn - 2]["content"].strip() or not messages[turn - 1]["content"].strip():
-            raise UserError(f"{where}: an empty prompt or answer")
-        pairs.append(([{"role": m["role"], "content": m["content"]} for m in messages[:turn - 1]], messages[turn - 1]["content"]))
-    if len(pairs) < 2:
-        raise UserError(f"--data {path}: {len(pairs)} line{'s' * (len(pairs) != 1)} of data; at least 2 are needed, each an object on its own line")
-    return pairs
+    solver = [messages for part, messages, _ in language.fine_tuning_set(2 * count) if part == "solver"]  # some 70 %
+    return [(messages, language.solve(messages[0]["content"])) for messages in solver[:count]]
 
 
 def encode(tokenizer, data, end_ids, limit):
@@ -264,7 +227,7 @@ def main(argv=None):
     path = getattr(args, "data", None)
     generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)
     rng = random.Random(args.seed)
-    data = read_data(path) if path else language_data(args.pairs * args.iterations)
+    data = evaluate.read_data(path) if path else language_data(args.pairs * args.iterations)
     rng.shuffle(data)
     player, tokenizer = load(args.model, args.device)
     prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)

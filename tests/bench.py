@@ -70,9 +70,11 @@ def stepper(model, tokenizer, *flags):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     judge = QualityReward(reference, tokenizer) if args.game == "lsp" else None
     generator, rng = torch.Generator().manual_seed(0), random.Random(0)
+    prompt = None if args.game == "grpo" else selfplay.challenger_prompt(tokenizer)
+    draw = lambda: [{"role": "user", "content": language.draw(rng)}]
 
     def step():
-        queries, answers, challenger, solver = selfplay.play(model, tokenizer, args, generator, rng)
+        queries, answers, challenger, solver = selfplay.play(model, tokenizer, prompt, draw, args, generator)
         _, _, a_sol, a_ch = selfplay.score(queries, answers, ExactReward(), judge, args)
         selfplay.update(model, reference, optimizer, selfplay.sides(solver, challenger, a_sol, a_ch, args), args)
     return step

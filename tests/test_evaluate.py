@@ -1,4 +1,5 @@
 """The scoreboard: intervals, win rate, and the real command line."""
+import json
 import subprocess
 import sys
 
@@ -6,8 +7,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from evaluate import new_run, summary, wilson, win_rate
+from evaluate import answer, bootstrap, duel, duel_table, new_run, read_data, summary, wilson, win_rate
 from model import UserError
+from rewards import PairJudge
 from tiny import language
 
 
@@ -29,6 +31,80 @@ def test_summary_by_kind():
     report = summary({"sampled": torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "greedy": torch.tensor([[1.0], [0.0]])}, queries)
     assert report["numbers"]["sampled"][0] == 0.5 and report["numbers"]["pass@8"][0] == 1 and report["all"]["sampled"][0] == 0.25
     assert report["all"]["n"] == 2 and report["1 step"]["greedy"][0] == 0 and "3 steps" not in report
+
+
+def test_both_forms_of_data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "later"}]
+    path.write_text(json.dumps({"prompt": "p", "answer": "b"}) + "\n\n" + json.dumps({"messages": chat}) + "\n" + json.dumps({"question": "p", "answer": "c"}))
+    assert read_data(path) == [([{"role": "user", "content": "p"}], "b"), (chat[:2], "a"), ([{"role": "user", "content": "p"}], "c")]
+
+
+GOOD = '{"prompt": "p", "answer": "a"}'
+
+
+@pytest.mark.parametrize("second, says", [
+    ("not json", "line 2: not JSON"), ("[1]", "line 2: expected an object"), ('{"prompt": "p"}', 'line 2: expected an object with "prompt" and "answer"'),
+    ('{"prompt": "p", "answer": ""}', "line 2: an empty"), ('{"prompt": "p", "answer": 3}', "line 2: every message needs a text"),
+    ('{"messages": []}', "line 2: the first turn"), ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2: the first turn"),
+    ('{"messages": 5}', "line 2: every message"), ("[" * 100000, "line 2: not JSON"), ("", "1 line of data")])
+def test_bad_data_is_one_line_with_its_number(tmp_path, second, says):
+    path = tmp_path / "data.jsonl"
+    path.write_text(GOOD + "\n" + second + "\n")
+    with pytest.raises(UserError, match=says) as error:
+        read_data(path)
+    assert "\n" not in str(error.value)
+
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    values = (torch.arange(400) % 4 == 0).float()
+    low, high = bootstrap(values)
+    half = 1.96 * values.std().item() / 20
+    assert low == pytest.approx(0.25 - half, abs=0.01) and high == pytest.approx(0.25 + half, abs=0.01)
+
+
+def test_duel_by_reward_and_both_conventions_for_ties():
+    rows = [{"instruction": str(i), "dataset": s} for i, s in enumerate("aabb")]
+    longer = lambda queries, answers: [[len(x) for x in group] for group in answers]
+    wins = duel(["xx", "x", "x", ""], ["x", "x", "x", "x"], rows, longer)
+    assert wins.tolist() == [1, 0.5, 0.5, 0]
+    table = duel_table(wins, [r["dataset"] for r in rows])
+    a, b, overall = [line.split() for line in table.splitlines()[1:4]]
+    assert a[2] == "75.0" and b[2] == "25.0" and overall[2] == "50.0" and overall[5] == "25.0" and overall[-1] == "50.0%"
+
+
+def test_pair_judge_is_asked_in_both_orders(tiny, monkeypatch):
+    """A judge that always says A is no judge: every duel a tie. One that prefers long answers is believed."""
+    import rewards
+    model, tokenizer = tiny
+    judge = PairJudge(model, tokenizer)
+    head = model.head[judge.letters].detach()
+    state = lambda a_wins: head[0] - head[1] if a_wins else head[1] - head[0]
+    monkeypatch.setattr(rewards, "last_states", lambda m, rows: torch.stack([state(True) for _ in range(2 * len(rows))]))
+    assert judge(["q"], ["long answer"], ["b"]).tolist() == [0.5]
+    monkeypatch.setattr(rewards, "last_states", lambda m, rows: torch.stack([state(True), state(False)] * len(rows)))
+    assert judge(["q"], ["long answer"], ["b"]).tolist() == [1.0]
+    monkeypatch.setattr(rewards, "last_states", lambda m, rows: torch.stack([state(False), state(True)] * len(rows)))
+    assert judge(["q"], ["long answer"], ["b"]).tolist() == [0.0]
+
+
+def test_open_instructions_from_the_command_line(tmp_path, tiny):
+    """Greedy answers of both, a table by set, and a file that the official alpaca_eval reads; an existing file is not touched."""
+    (tmp_path / "set.json").write_text(json.dumps([{"instruction": "Add 1 and 2.", "dataset": "sums"}, {"instruction": 'Take "abc", repeat it.', "dataset": "words"}]))
+    (tmp_path / "mine.py").write_text("def long(queries, answers):\n    return [[len(a) for a in group] for group in answers]\n")
+    start = str(ROOT / "tiny")
+    run = lambda *flags: subprocess.run([sys.executable, str(ROOT / "evaluate.py"), start, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    flags = ["--against", start, "--instructions", "set.json", "--reward", "mine.py:long", "--answer-tokens", "20"]
+    done = run(*flags)
+    assert done.returncode == 0 and "sums (n=1)" in done.stdout and "overall (n=2)" in done.stdout and "100.0%" in done.stdout, done.stderr
+    rows = json.loads((tmp_path / "model_outputs.json").read_text())
+    assert [set(r) for r in rows] == [{"instruction", "dataset", "output", "generator"}] * 2
+    assert [r["output"] for r in rows] == [a for a, in answer(*tiny, [r["instruction"] for r in rows], temperature=0)]
+    (tmp_path / "empty.json").write_text("[]")
+    for more, says in (([], "exists already"), (["--outputs", "b.json", "--judge", start], "either --reward or --judge"),
+                       (["--outputs", "b.json", "--instructions", "empty.json"], "expected a list"), (["--outputs", "b.json", "--instructions", "no.json"], "not readable")):
+        done = run(*flags, *more)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
 def test_runs_are_numbered_and_never_overwritten(tmp_path, monkeypatch):

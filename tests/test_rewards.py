@@ -3,10 +3,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, small_config
+from conftest import ROOT, SHARED, small_config
 
-from model import UserError, load
-from rewards import ExactReward, QualityReward, RewardModel, judged, load_referee
+import rewards
+from evaluate import read_data
+from model import Config, Llama, Rollout, Tokenizer, UserError, load
+from rewards import ExactReward, MathReward, QualityReward, RewardModel, WrittenQuality, final_answer, judged, load_referee
 from tiny import language
 
 QUERIES = ['Take "kobani", reverse it.', "Add 2 and 3.", 'Take "kobani", fly it.']
@@ -77,6 +79,61 @@ def test_reward_model_equals_transformers(tmp_path, family):
 def test_a_model_without_a_score_head_is_refused():
     with pytest.raises(UserError, match="no reward model"):
         load_referee(str(ROOT / "tiny"))
+
+
+@pytest.mark.parametrize("text, value", [
+    ("It is 3 + 4 = 7.", "7"), ("So she makes $1,234.50", "2469/2"), ("#### 18", "18"), ("1 and 2\n#### -1,000\n", "-1000"), ("\\boxed{12} or 13", "12"),
+    ("\\boxed{1} \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{ \\$5.0 }", "\\$5.0"), ("I do not know", None), ("", None), ("7.0", "7"), ("\\boxed{3", "3")])
+def test_final_answer(text, value):
+    assert final_answer(text) == value
+
+
+def test_math_reward():
+    question = [{"role": "user", "content": "How many?"}]
+    reward = MathReward([(question, "6 * 3 = <<6*3=18>>18\n#### 18")])
+    assert reward(["How many?"], [["18", "there are 18.00 of them", "17", "18 eggs, no: 19"]]).tolist() == [[1, 1, 0, 0]]
+    with pytest.raises(UserError, match="no number in the known answer to 'How many"):
+        MathReward([(question, "many")])
+
+
+def test_math_reward_on_gsm8k():
+    """Every published answer is right against itself, and wrong against its neighbour's, nearly always."""
+    path = SHARED / "gsm8k" / "test.jsonl"
+    if not path.is_file():
+        pytest.skip("GSM8K is not at hand (../shared/data)")
+    data = read_data(path)
+    queries, answers = [m[-1]["content"] for m, _ in data], [a for _, a in data]
+    reward = MathReward(data)
+    assert reward(queries, [[a] for a in answers]).mean() == 1
+    assert reward(queries, [[a] for a in answers[1:] + answers[:1]]).mean() < 0.05
+
+
+def test_written_verdicts(tiny, monkeypatch):
+    """The last score in tags counts; a verdict without one gets the lowest score, and is counted."""
+    judge = WrittenQuality(*tiny)
+    assert [judge.parse(v) for v in ("Good. <score>6</score>", "<score>2</score> no, <score> 3 </score>", "six", "<score>8</score>", "")] == [6, 3, None, None, None]
+    verdicts = iter(["<score>7</score>", "it is fine", "<score>3</score>"])
+    monkeypatch.setattr(rewards, "generate", lambda model, prompts, *rest: Rollout([next(verdicts) for _ in prompts], None, None))
+    monkeypatch.setattr(judge.tokenizer, "decode", lambda ids: ids)
+    assert torch.allclose(judge(["q", "p"], [["a", "b"], ["c", "c"]]), torch.tensor([[1.0, 0.0], [3 / 7, 3 / 7]]))
+    assert judge.malformed == pytest.approx(1 / 3)
+
+
+def test_the_real_rubric_on_another_tokenizer(tmp_path):
+    """A model that does not speak the embedded language is asked in plain words, in one user turn: the expected digit again."""
+    if not (SHARED / "llama3_tokenizer").is_dir():
+        pytest.skip("Llama 3's vocabulary is not at hand (../shared/data)")
+    shutil.copy(SHARED / "llama3_tokenizer" / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ bos_token }}{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "bos_token": "<|begin_of_text|>"}')
+    tokenizer = Tokenizer(tmp_path)
+    raw = small_config(vocab_size=128256, max_position_embeddings=512)
+    torch.manual_seed(0)
+    model = Llama(Config.from_json(raw), raw)
+    score = QualityReward(model, tokenizer)(["What is 2 + 2?"], [["4", "five"]])
+    ids = tokenizer.chat([{"role": "user", "content": f"{rewards.RUBRIC} {rewards.EXPECTED}\n\nQuery:\nWhat is 2 + 2?\n\nAnswer:\nfive"}])
+    with torch.no_grad():
+        p = model.logits(torch.tensor([ids]))[0, -1, [tokenizer.encode(str(d))[0] for d in range(8)]].softmax(-1)
+    assert score[0, 1].item() == pytest.approx(((p * torch.arange(8)).sum() / 7).item(), abs=1e-5)
 
 
 def test_a_users_referee(tmp_path):

@@ -198,7 +198,7 @@ def test_the_sampled_ids_are_the_trained_ids(tiny):
     """play() hands on the very ids that were sampled; queries reach the Solver as text that can hold no special token."""
     model, tokenizer = tiny
     args = settings(queries=6, answers=3)
-    queries, answers, challenger, solver = selfplay.play(model, tokenizer, args, torch.Generator().manual_seed(0), None)
+    queries, answers, challenger, solver = selfplay.play(model, tokenizer, selfplay.challenger_prompt(tokenizer), None, args, torch.Generator().manual_seed(0))
     assert [tokenizer.decode(ids) for ids in challenger.completions[0]] == queries
     assert [[tokenizer.decode(ids) for ids in group] for group in solver.completions] == answers
     assert solver.prompts == [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]

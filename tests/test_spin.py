@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 
 import spin
-from model import UserError, load
-from spin import LOSS, Pair, encode, opponent_answers, opponent_logprobs, read_data, sft_gradients, spin_gradients, spin_loss, spin_margin, train
+from model import load
+from spin import LOSS, Pair, encode, opponent_answers, opponent_logprobs, sft_gradients, spin_gradients, spin_loss, spin_margin, train
 from tiny import language
 
 ARGS = argparse.Namespace(loss="logistic", micro_batch=2048, clip=1.0, batch=4, epochs=1)
@@ -210,36 +210,13 @@ def test_text_in_the_data_stays_text(tiny):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
-def test_both_forms_of_data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "later"}]
-    path.write_text(json.dumps({"prompt": "p", "answer": "b"}) + "\n\n" + json.dumps({"messages": chat}) + "\n")
-    assert read_data(path) == [([{"role": "user", "content": "p"}], "b"), (chat[:2], "a")]
-
-
-GOOD = '{"prompt": "p", "answer": "a"}'
-
-
-@pytest.mark.parametrize("second, says", [
-    ("not json", "line 2: not JSON"), ("[1]", "line 2: expected an object"), ('{"prompt": "p"}', 'line 2: expected an object with "prompt" and "answer"'),
-    ('{"prompt": "p", "answer": ""}', "line 2: an empty"), ('{"prompt": "p", "answer": 3}', "line 2: every message needs a text"),
-    ('{"messages": []}', "line 2: the first turn"), ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2: the first turn"),
-    ('{"messages": 5}', "line 2: every message"), ("[" * 100000, "line 2: not JSON"), ("", "1 line of data")])
-def test_bad_data_is_one_line_with_its_number(tmp_path, second, says):
-    path = tmp_path / "data.jsonl"
-    path.write_text(GOOD + "\n" + second + "\n")
-    with pytest.raises(UserError, match=says) as error:
-        read_data(path)
-    assert "\n" not in str(error.value)
-
-
 def test_the_default_data_is_the_start_s_own(tiny):
     """The Solver's part of the very set that tiny/train.py trains on: nothing held out is in it."""
     data = spin.language_data(200)
     assert len(data) == 200 and data == spin.language_data(300)[:200]
     assert not any(language.is_held_out(messages[0]["content"]) for messages, _ in data)
-    share = sum(language.solve(messages[0]["content"]) == text for messages, text in data) / 200
-    assert abs(share - (1 - language.CARELESS)) < 0.1
+    assert all(language.solve(messages[0]["content"]) == text for messages, text in data)
+    assert [messages for part, messages, _ in language.fine_tuning_set(400) if part == "solver"][:200] == [messages for messages, _ in data]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,14 +10,16 @@ right?" have a truth, which real self-play lacks: a game can be played here and 
     kind(query)           "1 step" ... "numbers"  grade(query, answer)  0 to 7, by the judge's rubric
     spoil(query, rng)     the query gone wrong    is_held_out(query)    True for the tenth kept for evaluation
 """
+import json
 import random
 import re
 import zlib
 from difflib import SequenceMatcher
+from pathlib import Path
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KINDS = ("1 step", "2 steps", "3 steps", "numbers")
-CARELESS = 0.2  # share of the fine-tuning set's answers that are careless, as in data that people wrote
+CARELESS = 0.12  # share of the fine-tuning set's answers that are careless, as in data that people wrote
 MAX_ANSWER = 24  # letters; a longer result counts as no answer, so that no game can run away in length
 
 # What the model is told for its three parts. The Solver gets the bare query as a user turn.
@@ -322,6 +324,17 @@ PHRASES = sorted({
 }, key=lambda piece: (-len(piece), piece))  # a set has another order in each process; the vocabulary must not
 PROMPT_PHRASES = [CHALLENGER_PROMPT, *re.findall(r"[^:;.]+[:;.]", JUDGE_PROMPT), "Query: ", "\nAnswer: "]
 CHARACTERS = [chr(i) for i in range(33, 127)] + ["\n"]  # so that any plain text keeps its letters
+
+
+def spoken_by(model):
+    """Does a model speak this language, so that its prompts mean something to it? model: its folder's name, or its tokenizer.
+
+    Its vocabulary tells: the Challenger's prompt is one token of it.
+    """
+    if hasattr(model, "encode"):
+        return len(model.encode(CHALLENGER_PROMPT)) == 1
+    file = Path(model) / "tokenizer.json"
+    return file.is_file() and json.dumps(CHALLENGER_PROMPT) in file.read_text(errors="replace")
 
 
 def phrases(text):

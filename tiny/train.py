@@ -113,8 +113,8 @@ def train(model, tokenizer, data, steps, batch, lr, seed, log):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default=str(HERE), help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
-    parser.add_argument("--size", type=int, default=30000, help="conversations in the finite fine-tuning set")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    parser.add_argument("--size", type=int, default=60000, help="conversations in the finite fine-tuning set")
     parser.add_argument("--batch", type=int, default=96, help="conversations a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="seed of the set, the weights and the order")
