@@ -625,8 +625,8 @@ def is_hub_name(name):
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
-def load(name, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of a folder in Hugging Face layout, or of a model on the hub ("org/name").
+def load(name, device="cpu", dtype=torch.float32, revision=None):
+    """(model, tokenizer) of a folder in Hugging Face layout, or of a model on the hub ("org/name"), there of a revision.
 
     Nothing is fetched unless `name` is no folder and looks like a hub name. The model carries `end_ids` (set of int).
     Raises UserError, one line, for whatever is missing, unsupported or does not fit.
@@ -635,7 +635,7 @@ def load(name, device="cpu", dtype=torch.float32):
     if not folder.is_dir():
         if not is_hub_name(name):
             raise UserError(f"{name}: no such model folder")
-        folder = _fetch(str(name))
+        folder = _fetch(str(name), revision)
     raw = _read_json(folder / "config.json")
     config = Config.from_json(raw)
     tensors = _read_weights(folder)
@@ -670,12 +670,19 @@ def load(name, device="cpu", dtype=torch.float32):
     return model, tokenizer
 
 
-def _fetch(name):
-    from huggingface_hub import snapshot_download  # only who names a hub model needs it
+def _fetch(name, revision):
+    """The folder of a hub model: downloaded once, then from the hub library's cache; a cut download goes on where it stopped."""
+    from huggingface_hub import errors, snapshot_download  # only who names a hub model needs it
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except Exception as error:  # the hub's many errors (no network, gated, unknown name) share no narrower base
-        raise UserError(f"{name}: no such folder here, and the hub did not give it ({_line(error)}); "
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except errors.GatedRepoError:
+        raise UserError(f"{name}: its authors ask you to accept their terms first: do so on its page of the hub, then `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name}: the hub knows no revision {revision!r} of it") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{name}: no such folder here, and no such model on the hub (or it is private: `hf auth login`)") from None
+    except (errors.HTTPError, OSError) as error:  # no network, a broken download: the hub library's own http library says HTTPError
+        raise UserError(f"{name}: no such folder here, and the hub cannot be reached ({_line(error)}); "
                         "offline, name a local folder instead") from None
 
 

@@ -234,6 +234,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("the game")
     g.add_argument("--game", choices=["lsp", "lsp-zero", "grpo"], default="lsp", help="lsp-zero: no quality self-reward; grpo: instructions from data, no Challenger")
     g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
+    g.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
     g.add_argument("--reward", default="exact", help="who judges answers: exact (the embedded language's solver), math (the last number of an answer, against --data's), file.py:function, or a reward model's folder or hub name")
     g.add_argument("--data", default=None, metavar="FILE", help='for grpo: instructions from JSONL with "prompt" or "question", and "answer"; none: the embedded language\'s')
     g.add_argument("--task", default=None, help="what the Challenger is to write an input for (real models only); none: its own judgement")
@@ -280,7 +281,7 @@ def main(argv=None):
     args = parse_args(argv)
     generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)
     rng = random.Random(args.seed)
-    model, tokenizer = load(args.model, args.device)
+    model, tokenizer = load(args.model, args.device, revision=args.revision)
     reference = copy.deepcopy(model).requires_grad_(False)  # the starting model: KL anchor, judge, and opponent at the end
     prompt = None if args.game == "grpo" else challenger_prompt(tokenizer, args.task, args.template)
     data = evaluate.read_data(args.data) if args.data else None

@@ -200,6 +200,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("the game")
     g.add_argument("--game", choices=["spin", "sft"], default="spin", help="sft: the baseline, plain fine-tuning on the same answers with as many updates")
     g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
+    g.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
     g.add_argument("--data", default=argparse.SUPPRESS, metavar="FILE", help='JSONL with "prompt" and "answer", or "messages"; default: the embedded default\'s own fine-tuning set')
     g.add_argument("--iterations", type=number(int), default=4, help="how often the player becomes the opponent")
     g.add_argument("--pairs", type=number(int), default=5000, help="new pairs an iteration; where the data ends, it begins again")
@@ -229,7 +230,7 @@ def main(argv=None):
     rng = random.Random(args.seed)
     data = evaluate.read_data(path) if path else language_data(args.pairs * args.iterations)
     rng.shuffle(data)
-    player, tokenizer = load(args.model, args.device)
+    player, tokenizer = load(args.model, args.device, revision=args.revision)
     prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
     folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in player.parameters()):,} parameters, {len(data):,} answers "

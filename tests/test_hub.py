@@ -1,0 +1,122 @@
+"""The hub, played by a server on loopback: what is fetched, what is resumed, and what each refusal says."""
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+
+FILES = {p.name: p.read_bytes() for p in (ROOT / "tiny").iterdir() if p.suffix in (".json", ".safetensors")}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """org/tiny is the embedded default; org/gated asks for terms; anything else is missing. `cut`: names whose first download breaks off."""
+    cut, seen, files = set(), [], FILES
+
+    def log_message(self, *args):
+        pass
+
+    def refuse(self, status, code):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def answer(self, body):
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            name, revision = "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main"
+        else:
+            name, revision = "/".join(parts[:2]), parts[3] if len(parts) > 3 else ""
+        if name == "org/gated":
+            return self.refuse(403, "GatedRepo")
+        if name != "org/tiny":
+            return self.refuse(404, "RepoNotFound")
+        if revision not in ("main", "v1", COMMIT):
+            return self.refuse(404, "RevisionNotFound")
+        if parts[0] == "api" and "tree" in parts:
+            data, headers = json.dumps([{"type": "file", "path": f, "size": len(data), "oid": f} for f, data in Hub.files.items()]).encode(), {}
+        elif parts[0] == "api":
+            data, headers = json.dumps({"id": name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in FILES]}).encode(), {}
+        else:
+            data = Hub.files[parts[-1]]
+            headers = {"ETag": f'"{parts[-1]}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        start = int(self.headers["Range"].split("=")[1].split("-")[0]) if "Range" in self.headers else 0
+        self.send_response(206 if start else 200)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        if body:
+            Hub.seen.append((parts[-1], start))
+            if parts[-1] in Hub.cut:
+                Hub.cut.remove(parts[-1])
+                self.wfile.write(data[start:len(data) // 2])
+                self.close_connection = True
+            else:
+                self.wfile.write(data[start:])
+
+    def do_GET(self):
+        self.answer(True)
+
+    def do_HEAD(self):
+        self.answer(False)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    pytest.importorskip("huggingface_hub", reason="the hub library is not installed")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.cut, Hub.seen, Hub.files = set(), [], FILES
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def fetch(folder, endpoint, name, revision=None, **more):
+    code = f"import sys; from model import load, run_command; sys.exit(run_command(lambda: print(load({name!r}, revision={revision!r})[0].folder)))"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)} | more
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_hub_model_is_fetched_once_and_then_found_offline(tmp_path, hub):
+    done = fetch(tmp_path, hub, "org/tiny", "v1")
+    assert done.returncode == 0 and COMMIT in done.stdout, done.stderr
+    assert {name for name, _ in Hub.seen} >= set(FILES)
+    Hub.seen.clear()
+    again = fetch(tmp_path, "http://127.0.0.1:9", "org/tiny", COMMIT)
+    assert again.returncode == 0 and again.stdout == done.stdout and not Hub.seen, again.stderr
+
+
+def test_a_download_that_broke_off_is_resumed(tmp_path, hub):
+    weights = safetensors.torch.load(FILES["model.safetensors"]) | {"lm_head.weight": torch.zeros(6_000_000)}  # longer than the 10 MB that are written at once
+    Hub.cut, Hub.files = {"model.safetensors"}, FILES | {"model.safetensors": safetensors.torch.save(weights)}
+    done = fetch(tmp_path, hub, "org/tiny")
+    if done.returncode:  # the library may retry by itself, or leave that to the next command
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        done = fetch(tmp_path, hub, "org/tiny")
+    assert done.returncode == 0, done.stderr
+    assert [start for name, start in Hub.seen if name == "model.safetensors"][-1] > 0  # from the middle on
+
+
+@pytest.mark.parametrize("name, revision, says", [
+    ("org/missing", None, "no such model on the hub"), ("org/gated", None, "accept their terms"), ("org/tiny", "v2", "no revision 'v2'")])
+def test_refusals_are_one_line(tmp_path, hub, name, revision, says):
+    done = fetch(tmp_path, hub, name, revision)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_no_network_says_to_name_a_folder(tmp_path, more):
+    done = fetch(tmp_path, "http://127.0.0.1:9", "org/tiny", **more)
+    assert done.returncode == 2 and "name a local folder" in done.stderr and len(done.stderr.strip().splitlines()) == 1
