@@ -40,11 +40,11 @@ def answer(model, tokenizer, queries, samples=1, temperature=1.0, seed=0, max_ne
     return groups([tokenizer.decode(ids) for ids in rows], samples)
 
 
-def rate(model, tokenizer, queries, seed=0):
+def rate(model, tokenizer, queries, seed=0, referee=ExactReward()):
     """{"sampled": R [n, SAMPLES], "greedy": R [n, 1]}: right or wrong, for every query and answer."""
     sampled = answer(model, tokenizer, queries, SAMPLES, 1.0, seed)
     greedy = answer(model, tokenizer, queries, 1, 0)
-    return {"sampled": judged(ExactReward(), queries, sampled), "greedy": judged(ExactReward(), queries, greedy)}
+    return {"sampled": judged(referee, queries, sampled), "greedy": judged(referee, queries, greedy)}
 
 
 def summary(rates, queries):
@@ -249,7 +249,7 @@ def draw(runs, path):
     for i, name in enumerate(data):
         if name in scores:
             axis, rows = axes.flat[len(panels)], [100 * torch.tensor(s["all"]["sampled"]) for s in scores[name].values()]
-            points = torch.stack(rows).T  # [share, low, high] of each iterate, the start first
+            points = torch.stack(rows).T.numpy()  # [share, low, high] of each iterate, the start first
             axis.errorbar(range(len(rows)), points[0], [points[0] - points[1], points[2] - points[0]], color=f"C{i}", marker="o", capsize=3)
             axis.plot([100 * s["all"]["greedy"][0] for s in scores[name].values()], color=f"C{i}", linestyle=":", marker=".")
             axis.set_title("right answers, % (greedy: dots)", fontsize=10)
@@ -276,6 +276,253 @@ def model_folder(name):
     return max(iterates, key=lambda p: int(p.name.removeprefix("iteration-")))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The claims of both papers: `python evaluate.py reproduce`
+
+def method_commands(steps):
+    """{method: (command line of its game, the method whose model it starts from or None)}, all with as many games a step."""
+    lsp, zero, grpo = (f"selfplay.py --game {game} --steps {steps}" for game in ("lsp", "lsp-zero", "grpo"))
+    long = f"--steps {3 * steps} --alpha-ch {EAGER}"
+    pairs = 10 * steps
+    return {"GRPO on data": (grpo, None), "LSP-Zero": (zero, None), "LSP": (lsp, None),
+            "GRPO, then LSP": (lsp, "GRPO on data"), "LSP, then GRPO": (grpo, "LSP"),
+            **{f"LSP paid {pay}": (f"{lsp} --pay {pay}", None) for pay in ("r-zero", "absolute-zero", "sqlm", "spice")},
+            "LSP-Zero, eager, 3 x as long": (f"selfplay.py --game lsp-zero {long}", None), "LSP, eager, 3 x as long": (f"selfplay.py --game lsp {long}", None),
+            "SPIN": (f"spin.py --pairs {pairs}", None), "more fine-tuning": (f"spin.py --game sft --pairs {pairs}", None),
+            "SPIN, one long iteration": (f"spin.py --pairs {pairs} --iterations 1 --epochs 14", None)}
+
+
+EAGER = 0.03  # alpha_Ch of the long runs: a Challenger that moves far enough for the two games to part
+HELD_OUT = 1  # which drawing of held-out instructions the claims are judged by; settings were chosen on drawing 0
+STUDENT = [math.nan, math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # t, 97.5 %, by number of seeds
+
+
+def seeds_and_items(x):
+    """[mean, low, high], 95 %, of x [seeds, items]: seeds and items each vary, so both widths count, added in squares.
+
+    Between seeds Student's t; with one seed that part is unknown and left out.
+    """
+    S, n = x.shape
+    seeds = STUDENT[min(S, 10)] * x.mean(1).std().item() / math.sqrt(S) if S > 1 else 0.0
+    items = 1.959964 * x.mean(0).std().item() / math.sqrt(n) if n > 1 else 0.0
+    mean, half = x.mean().item(), math.hypot(seeds, items)
+    return [mean, mean - half, mean + half]
+
+
+def run_method(out, method, seed, start, commands):
+    """One run of `reproduce` and the scores of its iterates, unless both are there already. Returns an error text or None."""
+    import os
+    import subprocess
+    command, after = commands[method]
+    folder = out / "runs" / f"{slug(method)}-s{seed}"
+    model = out / "runs" / f"{slug(after)}-s{seed}" / "model" if after else Path(start).resolve()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    here = Path(__file__).resolve().parent
+
+    def call(*words):
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=out, env=environment, capture_output=True, text=True)
+        return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1] if done.returncode else None
+
+    if not (folder / "curves.png").is_file():  # the last thing that a run writes
+        if folder.is_dir():  # a run that was cut off: kept, out of the way
+            number = next(i for i in range(1, 1000) if not folder.with_name(f"{folder.name}-cut-{i}").exists())
+            folder.rename(folder.with_name(f"{folder.name}-cut-{number}"))
+        script, *words = command.split()
+        if error := call(here / script, *words, "--model", model, "--seed", 10 + seed, "--run", folder.name, "--eval-items", 1, "--device", "cpu"):
+            return f"{method}, seed {seed}: {error}"
+    for iterate in [folder / "model"] if (folder / "model").is_dir() else sorted(folder.glob("iteration-*")):
+        if not (iterate / "scores.json").is_file():
+            if error := call(here / "evaluate.py", iterate, "--held-out", HELD_OUT, "--seed", 10 + seed, "--json", iterate / "scores.json", "--device", "cpu"):
+                return f"{method}, seed {seed}: {error}"
+
+
+def slug(method):
+    """A method's name as a folder's."""
+    return method.lower().replace(",", "").replace(" ", "-")
+
+
+class Results:
+    """What `reproduce` found: the scores of all methods, seeds and iterates, and the runs' curves."""
+
+    def __init__(self, out, methods, seeds):
+        read = lambda path: json.loads(path.read_text())
+        folders = {m: [out / "runs" / f"{slug(m)}-s{s}" for s in seeds] for m in methods}
+        iterates = lambda f: [f / "model"] if (f / "model").is_dir() else sorted(f.glob("iteration-*"))
+        self.start = [read(out / f"start-s{s}.json") for s in seeds]
+        self.scores = {m: [[read(i / "scores.json") for i in iterates(f)] for f in fs] for m, fs in folders.items()}  # [seed][iterate]
+        self.metrics = {m: [read_metrics(f) for f in fs] for m, fs in folders.items()}
+        self.games = {m: [[json.loads(line) for line in (f / "games.jsonl").read_text().splitlines()] for f in fs] for m, fs in folders.items()}
+
+    def items(self, method, key, iterate=-1):
+        """[seeds, items] of "sampled", "greedy", "pass@8" or "longer": shares of right answers. method None: the start."""
+        rows = self.start if method is None else [seed[iterate] for seed in self.scores[method]]
+        return torch.tensor([row["items"][key] for row in rows])
+
+    def gain(self, method, key="sampled", over=None, iterate=-1, over_iterate=-1):
+        """[mean, low, high] of a method's gain over another (or the start), in points of a hundred."""
+        return [100 * v for v in seeds_and_items(self.items(method, key, iterate) - self.items(over, key, over_iterate))]
+
+    def end(self, method, key):
+        """The mean of a curve's last tenth, over the seeds."""
+        return sum(_tenth(m[key], True) for m in self.metrics[method]) / len(self.metrics[method])
+
+    def change(self, method, key, over=None):
+        """[mean, low, high] over seeds: the last tenth of a curve less its first, or less another method's last tenth."""
+        pairs = zip(self.metrics[method], self.metrics[over] if over else self.metrics[method])
+        return seeds_and_items(torch.tensor([[_tenth(a[key], True) - _tenth(b[key], bool(over))] for a, b in pairs]))
+
+
+def _tenth(curve, last):
+    """Mean of a curve's last tenth, or of its first."""
+    k = max(1, len(curve) // 10)
+    return sum(curve[-k:] if last else curve[:k]) / k
+
+
+def verdict(interval, worse_by=0.0):
+    """yes, no or not decided: is the figure above -worse_by?"""
+    return "yes" if interval[1] > -worse_by else "no" if interval[2] < -worse_by else "not decided"
+
+
+def claims(r):
+    """The papers' claims: [(claim, verdict, the figures that say so)] of a Results."""
+    points = lambda v: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*v)
+    share = lambda v: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*v)
+    long, long_zero = "LSP, eager, 3 x as long", "LSP-Zero, eager, 3 x as long"
+    spin = [r.gain("SPIN", iterate=i, over="SPIN" if i else None, over_iterate=i - 1) for i in range(len(r.scores["SPIN"][0]))]
+    lost = {key: r.change(long_zero, key) for key in ("valid", "spread")}
+    kept = {key: r.change(long, key, long_zero) for key in ("valid", "spread")}
+    pays = ["LSP", *(m for m in r.scores if m.startswith("LSP paid"))]
+    frontier = {m: r.gain(m, over="LSP") for m in ("LSP paid r-zero", "LSP paid spice")}
+    worst = max(lost.values(), key=lambda v: -v[2])
+    best_kept = max(kept.values(), key=lambda v: v[1])
+    shrink = [100 * v for v in seeds_and_items((r.items("SPIN", "sampled", 0) - r.items(None, "sampled")) - (r.items("SPIN", "sampled", -1) - r.items("SPIN", "sampled", -2)))]
+    past = r.gain("SPIN", over="more fine-tuning")
+    final = lambda key: ", ".join(f"{m} {r.end(m, key):.2f}" for m in pays)
+    return [
+        ("1. Self-play without data improves the start", verdict(r.gain("LSP")), f"LSP {points(r.gain('LSP'))} sampled, {points(r.gain('LSP', 'greedy'))} greedy; LSP-Zero {points(r.gain('LSP-Zero'))} sampled"),
+        ("2. It reaches GRPO on data, within a point", verdict(r.gain("LSP", over="GRPO on data"), 1.0), f"LSP less GRPO {points(r.gain('LSP', over='GRPO on data'))}; GRPO itself {points(r.gain('GRPO on data'))}"),
+        ("3. LSP-Zero rises, then degenerates", "yes" if verdict(r.gain("LSP-Zero")) == "yes" and worst[2] < 0 else "not decided" if worst[1] < 0 else "no",
+         f"first {points(r.gain('LSP-Zero'))}; in the long run, well-formed queries {share(lost['valid'])}, groups with spread {share(lost['spread'])}, first tenth to last; there it ends at {points(r.gain(long_zero))}"),
+        ("4. The quality self-reward keeps LSP from that", verdict(best_kept), f"at the end of the long run, LSP less LSP-Zero: well-formed {share(kept['valid'])}, spread {share(kept['spread'])}, right answers {points(r.gain(long, over=long_zero))}; LSP ends at {points(r.gain(long))}"),
+        ("5. Self-play after GRPO adds to it", verdict(r.gain("GRPO, then LSP", over="GRPO on data")), f"{points(r.gain('GRPO, then LSP', over='GRPO on data'))}; the other way round, GRPO after LSP {points(r.gain('LSP, then GRPO', over='LSP'))}"),
+        ("6a. SPIN improves, with shrinking gains", "yes" if verdict(r.gain("SPIN")) == verdict(shrink) == "yes" else "no" if r.gain("SPIN")[2] < 0 or shrink[2] < 0 else "not decided",
+         "gain of each iteration: " + ", ".join(points(v) for v in spin) + f"; the first less the last {points(shrink)}"),
+        ("6b. .. past where fine-tuning on the same answers stops", verdict(past), f"SPIN less fine-tuning {points(past)}; fine-tuning itself {points(r.gain('more fine-tuning'))}"),
+        ("7. Training longer inside iteration 0 does not replace iterations", verdict(r.gain("SPIN", over="SPIN, one long iteration")), f"SPIN less one long iteration {points(r.gain('SPIN', over='SPIN, one long iteration'))}"),
+        ("8. How diverse do the queries stay, by pay? (share of distinct ones in a step, last tenth)", "", final("distinct")),
+        ("9. Does paying for the frontier beat as hard as possible?", "yes" if any(verdict(v) == "yes" for v in frontier.values()) else "no" if all(v[2] < 0 for v in frontier.values()) else "not decided",
+         ", ".join(f"{m.removeprefix('LSP paid ')} less minimax {points(v)}" for m, v in frontier.items()) + "; groups with spread at the end: " + final("spread")),
+        ("10. Does any of it reach chains one step longer than any in training?", verdict(r.gain("LSP", "longer")), f"LSP {points(r.gain('LSP', 'longer'))}, GRPO {points(r.gain('GRPO on data', 'longer'))}, from {100 * r.items(None, 'longer').mean():.1f} %"),
+    ]
+
+
+def reproduce_table(r):
+    """One Markdown table: every method's right answers by kind, greedy and sampled, pass@8, win rate, and what it cost."""
+    cell = lambda v, sign="": ("{:" + sign + ".1f} [{:" + sign + ".1f}, {:" + sign + ".1f}]").format(*v)
+    percent = lambda x: [100 * v for v in seeds_and_items(x)]
+    kinds = {k: i for i, k in enumerate(language.KINDS)}
+    kind = torch.tensor([kinds[k] for k in r.start[0]["kinds"]])
+    lines = ["| method | sampled, % | gain | greedy, % | gain | pass@8, % | " + " | ".join(kinds) + " | win rate, % | games | tokens | minutes |", "|---" * (10 + len(kinds)) + "|"]
+    for method in [None, *r.scores]:
+        for iterate in [-1] if method is None else range(len(r.scores[method][0])):
+            x = {key: r.items(method, key, iterate) for key in ("sampled", "greedy", "pass@8")}
+            last = method is None or iterate == len(r.scores[method][0]) - 1
+            name = "start" if method is None else method + (f", iteration {iterate}" if len(r.scores[method][0]) > 1 else "")
+            # Ties as half, over all pairs of answers to an item with shares p and q of right ones: 1/2 + (p - q)/2.
+            wins = [cell(percent(0.5 + 0.5 * (x["sampled"] - r.items(None, "sampled"))))] if method else ["50.0"]
+            cost = ["", "", ""]
+            if method and last:
+                metrics = r.metrics[method]
+                games = [sum(len(g["answers"]) if "answers" in g else 1 for row in run for g in row["games"]) for run in r.games[method]]
+                cost = [f"{sum(games) / len(games):,.0f}", f"{sum(sum(m['tokens']) for m in metrics) / len(metrics):,.0f}", f"{sum(sum(m['seconds']) for m in metrics) / 60 / len(metrics):.1f}"]
+            gains = [cell(r.gain(method, key, iterate=iterate), "+") if method else "" for key in ("sampled", "greedy")]
+            lines.append("| " + " | ".join([name, cell(percent(x["sampled"])), gains[0], cell(percent(x["greedy"])), gains[1], f"{100 * x['pass@8'].mean():.1f}",
+                                            *(f"{100 * x['sampled'][:, kind == i].mean():.1f}" for i in kinds.values()), *wins, *cost]) + " |")
+    return "\n".join(lines)
+
+
+def reproduce_picture(r, path):
+    """The gains of all methods with their intervals; SPIN by iteration; spread over the steps by what the Challenger is paid."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (bars, spin, spread) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained", width_ratios=[1.5, 1, 1.2])
+    names = list(reversed(r.scores))
+    for key, shift, color in (("sampled", 0.17, "C0"), ("greedy", -0.17, "C1")):
+        g = torch.tensor([r.gain(m, key) for m in names]).numpy()
+        bars.barh([i + shift for i in range(len(names))], g[:, 0], 0.32, xerr=[g[:, 0] - g[:, 1], g[:, 2] - g[:, 0]], color=color, label=key, ecolor="0.4")
+    bars.set_yticks(range(len(names)), names, fontsize=8)
+    bars.set_title("gain in right answers, points", fontsize=10)
+    bars.legend(fontsize=8)
+    for i, m in enumerate(("SPIN", "more fine-tuning")):
+        points = torch.tensor([[0.0, 0.0, 0.0]] + [r.gain(m, iterate=t) for t in range(len(r.scores[m][0]))]).numpy()
+        spin.errorbar([t + 0.05 * i for t in range(len(points))], points[:, 0], [points[:, 0] - points[:, 1], points[:, 2] - points[:, 0]], marker="o", capsize=3, label=m)
+    one = r.gain("SPIN, one long iteration")
+    spin.errorbar([len(points) - 1 + 0.1], one[:1], [[one[0] - one[1]], [one[2] - one[0]]], marker="s", capsize=3, label="one long iteration")
+    spin.set_xticks(range(len(points)), ["start", *(f"iteration {t}" for t in range(len(points) - 1))], fontsize=7)
+    spin.set_title("SPIN, gain sampled, points", fontsize=10)
+    spin.legend(fontsize=8)
+    for m in [m for m in r.scores if "spread" in r.metrics[m][0] and "then" not in m]:
+        curves = [c["spread"] for c in r.metrics[m]]
+        mean = [sum(column) / len(curves) for column in zip(*curves)]
+        window = max(1, len(mean) // 15)
+        spread.plot([sum(mean[max(0, j - window + 1):j + 1]) / len(mean[max(0, j - window + 1):j + 1]) for j in range(len(mean))], label=m)
+    spread.set_title("groups with spread, by step", fontsize=10)
+    spread.legend(fontsize=7)
+    for axis in (bars, spin, spread):
+        axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def reproduce(argv):
+    """`python evaluate.py reproduce`: all games of both papers on the embedded default, and what they say of the papers' claims."""
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm
+    parser = argparse.ArgumentParser(prog="evaluate.py reproduce", description=reproduce.__doc__.split(": ")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--seeds", type=number(int), default=3, help="runs of each method")
+    parser.add_argument("--steps", type=number(int), default=300, help="of each game of LSP and GRPO; SPIN has ten times as many pairs an iteration")
+    parser.add_argument("--quick", action="store_true", help="one seed and 40 steps: the whole way in a few minutes, no figures to believe")
+    parser.add_argument("--out", default="reproduce", help="folder of all runs; what is finished in it is kept, so that the same command goes on")
+    parser.add_argument("--jobs", type=number(int), default=os.cpu_count(), help="runs at once, one thread each")
+    args = parser.parse_args(argv)
+    seeds, steps = (range(1), 40) if args.quick else (range(args.seeds), args.steps)
+    start, out = Path(__file__).resolve().parent / "tiny", Path(args.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"steps": steps, "eager": EAGER, "held_out": HELD_OUT}
+    if (out / "settings.json").is_file() and json.loads((out / "settings.json").read_text()) != settings:
+        raise UserError(f"{out} holds runs with other settings: choose another --out")
+    (out / "settings.json").write_text(json.dumps(settings) + "\n")
+    commands = method_commands(steps)
+    for s in seeds:
+        if not (out / f"start-s{s}.json").is_file():
+            main([str(start), "--held-out", str(HELD_OUT), "--seed", str(1000 + s), "--json", str(out / f"start-s{s}.json"), "--device", "cpu"])
+    # The longest first; what starts from another method's model, in a second round.
+    rounds = [[(m, s) for s in seeds for m in sorted(commands, key=lambda m: "long" not in m) if bool(commands[m][1]) == later] for later in (False, True)]
+    with tqdm(total=sum(map(len, rounds)), unit="run", dynamic_ncols=True) as bar, ThreadPoolExecutor(args.jobs) as pool:
+        running = {}
+
+        def work(job):
+            running[job] = f"{job[0]}, seed {job[1]}"
+            bar.set_postfix_str("; ".join(running.values()))
+            try:
+                return run_method(out, *job, start, commands)
+            finally:
+                del running[job]
+                bar.update()
+        for jobs in rounds:
+            if errors := [e for e in pool.map(work, jobs) if e]:
+                raise UserError(f"{len(errors)} of {len(jobs)} runs failed: {errors[0]}; the finished ones are kept, the same command goes on")
+    results = Results(out, commands, seeds)
+    reproduce_picture(results, out / "reproduce.png")
+    answers = "\n".join(f"- **{claim}: {said}.** {figures}." if said else f"- **{claim}** {figures}." for claim, said, figures in claims(results))
+    text = f"{reproduce_table(results)}\n\n{answers}\n"
+    (out / "reproduce.md").write_text(text)
+    print(f"\n{text}\nthe same in {out / 'reproduce.md'}, as a picture in {out / 'reproduce.png'}")
+
+
 def open_duel(args):
     """evaluate.py MODEL --against BASE --instructions FILE: both answer greedily, the better answers are counted."""
     referee, judge = getattr(args, "reward", None), getattr(args, "judge", None)
@@ -298,6 +545,9 @@ def open_duel(args):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["reproduce"]:
+        return reproduce(argv[1:])
     parser = argparse.ArgumentParser(description="How often is a model right, and how often does it beat another?",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("model", nargs="+", metavar="MODEL", help="folder in Hugging Face layout, hub name, or run folder")
@@ -306,6 +556,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of the sampling")
     parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="PNG", help="where to draw the curves of the runs; default: curves.png in a single run's folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
+    parser.add_argument("--held-out", type=number(int, zero=True), default=0, metavar="K", help="which drawing of held-out instructions")
+    parser.add_argument("--json", default=argparse.SUPPRESS, metavar="FILE", help="of one MODEL: write every instruction's figures there, and those on chains one step longer than any in training")
     parser.add_argument("--instructions", default=argparse.SUPPRESS, metavar="FILE", help="open instructions in AlpacaEval's format (a JSON list): win rate of the MODEL against --against by --reward or --judge")
     parser.add_argument("--reward", default=argparse.SUPPRESS, help="with --instructions: file.py:function, or a reward model's folder or hub name")
     parser.add_argument("--judge", default=argparse.SUPPRESS, metavar="MODEL", help="with --instructions: a chat model that is shown both answers, in both orders")
@@ -321,12 +573,20 @@ def main(argv=None):
         raise UserError("--picture draws the curves of runs, and no MODEL is a run folder")
     if picture and (not picture.endswith(".png") or not Path(picture).resolve().parent.is_dir()):
         raise UserError(f"--picture {picture}: expected the path of a .png in a folder that exists")
-    queries = language.evaluation_set(args.items)
+    queries, file = language.evaluation_set(args.items, args.held_out), getattr(args, "json", None)
+    if file and (len(args.model) > 1 or against or not Path(file).resolve().parent.is_dir()):
+        raise UserError("--json writes the figures of one MODEL, without --against, to a file in a folder that exists")
 
     def score(name, number):
         model, tokenizer = load(model_folder(name), args.device)
         rates = rate(model, tokenizer, queries, 1000 * args.seed + number)
         print(f"\n{name}\n{table({'': summary(rates, queries)})}", flush=True)
+        if file:
+            longer = language.longer_set(300)
+            items = {"sampled": rates["sampled"].mean(1), "greedy": rates["greedy"].mean(1), "pass@8": rates["sampled"].amax(1),
+                     "longer": rate(model, tokenizer, longer, args.seed, ExactReward(longest=4))["sampled"].mean(1)}
+            Path(file).write_text(json.dumps({"model": str(name), "scores": summary(rates, queries), "kinds": [language.kind(q) for q in queries],
+                                              "items": {k: v.tolist() for k, v in items.items()}}) + "\n")
         return rates["sampled"]
 
     ours = [score(name, i + 1) for i, name in enumerate(args.model)]

@@ -42,13 +42,17 @@ class ExactReward:
     A query with no right answer pays 0, whatever is answered.
     """
 
+    def __init__(self, longest=3):
+        """longest: steps that a chain may have."""
+        self.longest = longest
+
     def __call__(self, queries, answers):
-        right = [language.solve(q) for q in queries]
+        right = [language.solve(q, self.longest) for q in queries]
         return torch.tensor([[float(r is not None and a == r) for a in group] for r, group in zip(right, answers)])
 
     def valid(self, queries):
         """Which queries have a right answer, [N] of bool. A referee without this method leaves that figure out."""
-        return [language.solve(q) is not None for q in queries]
+        return [language.solve(q, self.longest) is not None for q in queries]
 
 
 def last_states(model, rows, prefix=None, length=0):

@@ -192,13 +192,14 @@ def update(model, reference, optimizer, players, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # For people
 
-def measure(queries, solver, reward, quality, valid, losses, norm):
+def measure(queries, solver, challenger, reward, quality, valid, losses, norm):
     """A step's figures: one line of metrics.jsonl. quality None: no judge; valid None: the referee cannot tell."""
     row = {"reward": reward.mean().item(),
            "quality": None if quality is None else quality.mean().item(),
            "valid": None if valid is None else sum(valid) / len(valid),  # share of queries that have a right answer
            "distinct": len(set(queries)) / len(queries),
            "spread": (reward.std(1, correction=0) > 0).float().mean().item(),  # share of groups that teach the Solver
+           "tokens": sum(len(ids) for player in (solver, challenger) if player for group in player.completions for ids in group),  # sampled in this step
            "answer_tokens": sum(len(ids) for group in solver.completions for ids in group) / len(solver.finished),
            "cut": 1 - sum(solver.finished) / len(solver.finished),  # share of answers that the length limit cut
            "gradient_norm": norm}
@@ -310,7 +311,7 @@ def main(argv=None):
                 schedule.step()
 
                 valid = referee.valid(queries) if hasattr(referee, "valid") else None
-                row = measure(queries, solver, reward, quality if judge else None, valid, losses, norm)
+                row = measure(queries, solver, challenger, reward, quality if judge else None, valid, losses, norm)
                 row |= {"malformed": judge.malformed} if hasattr(judge, "malformed") else {}  # share of verdicts without a score
                 metrics_file.write(json.dumps({"step": step} | row | {"seconds": time.time() - step_began}) + "\n")
                 games_file.write(json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n")

@@ -210,9 +210,9 @@ def parse_args(argv=None):
     g = parser.add_argument_group("the loss")
     g.add_argument("--loss", choices=list(LOSS), default="logistic", help="of the margin (not in sft)")
     g.add_argument("--lam", type=number(float), default=1.0, help="lambda: how closely the player is tied to its opponent (not in sft)")
-    g.add_argument("--lam-last", type=number(float), default=5.0, help="lambda of the last of several iterations (not in sft)")
+    g.add_argument("--lam-last", type=number(float), default=2.0, help="lambda of the last of several iterations (not in sft)")
     g.add_argument("--lr", type=number(float), default=3e-5, help="peak learning rate of RMSProp in iterations 0 and 1")
-    g.add_argument("--lr-late", type=number(float), default=6e-6, help="the same from iteration 2 on")
+    g.add_argument("--lr-late", type=number(float), default=2e-5, help="the same from iteration 2 on")
     g.add_argument("--clip", type=number(float), default=1.0, help="largest gradient norm")
     g = parser.add_argument_group("the run")
     g.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of everything random")
@@ -267,6 +267,7 @@ def main(argv=None):
                 rows = []
                 with tqdm(train(player, pairs, ref, lam, lr, args, rng), total=updates, unit="update", disable=None, dynamic_ncols=True) as bar:
                     for row in bar:
+                        row |= {"tokens": 0 if rows else sum(map(len, rivals))}  # that the opponent sampled before the first update
                         rows.append(row)
                         metrics_file.write(json.dumps({"step": done + len(rows), "iteration": iteration} | row) + "\n")
                         bar.set_postfix_str("  ".join(f"{k} {row[k]:.3f}" for k in ("loss", "margin") if k in row))

@@ -2,15 +2,16 @@
 import argparse
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SHARED, small_config
 
 import selfplay
-from model import generate, groups, load, logprobs, pack
+from model import Config, Llama, generate, groups, load, logprobs, pack, save
 from selfplay import AGGREGATE, PAY, Player, advantages, player_loss, update
 
 R = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])  # N = 3, G = 4; V = 1/4, 3/4, 0
@@ -217,7 +218,7 @@ def run(tmp_path, *flags, expect=0):
 
 @pytest.mark.parametrize("game", ["lsp", "lsp-zero", "grpo"])
 def test_two_steps_of_the_real_command(tmp_path, game):
-    done = run(tmp_path, "--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "4", "--answers", "3", "--game", game)
+    done = run(tmp_path, "--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "4", "--answers", "3", "--eval-items", "20", "--game", game)
     folder = tmp_path / "runs" / f"{game}-1"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     games = [json.loads(line) for line in (folder / "games.jsonl").read_text().splitlines()]
@@ -232,7 +233,7 @@ def test_two_steps_of_the_real_command(tmp_path, game):
 
 def test_same_seed_same_run(tmp_path):
     for name in "ab":
-        run(tmp_path, "--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "3", "--answers", "2", "--seed", "5", "--run", name)
+        run(tmp_path, "--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "3", "--answers", "2", "--eval-items", "20", "--seed", "5", "--run", name)
     a, b = ((tmp_path / "runs" / name / "games.jsonl").read_text() for name in "ab")
     assert a == b
 
@@ -254,6 +255,48 @@ def test_ctrl_c_saves_what_there_is(tmp_path):
     assert process.returncode == 0 and "saving what there is" in out + err
     load(games.parent / "model")
     assert [json.loads(line)["step"] for line in games.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def real_llama(tmp_path_factory):
+    """A folder as a real Llama's: its vocabulary, a chat template, and small random weights. It speaks no embedded language."""
+    if not (SHARED / "llama3_tokenizer").is_dir():
+        pytest.skip("Llama 3's vocabulary is not at hand (../shared/data)")
+    folder = tmp_path_factory.mktemp("llama")
+    shutil.copy(SHARED / "llama3_tokenizer" / "tokenizer.json", folder)
+    template = "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}))
+    raw = small_config(vocab_size=128256, eos_token_id=[128001, 128009], max_position_embeddings=1024)
+    torch.manual_seed(0)
+    model = Llama(Config.from_json(raw), raw)
+    model.folder = folder
+    save(model, folder)
+    return folder
+
+
+def test_a_real_llama_plays(tmp_path, real_llama):
+    """The paper's prompts, rubric and settings; a reward of one's own; a written verdict; mathematics from a file."""
+    (tmp_path / "mine.py").write_text("def short(queries, answers):\n    return [[-len(a) / 10 for a in group] for group in answers]\n")
+    (tmp_path / "sums.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "#### 2"}\n{"question": "And 2 + 3?", "answer": "#### 5"}\n')
+    small = ["--model", str(real_llama), "--steps", "1", "--queries", "2", "--answers", "2", "--answer-tokens", "6"]
+    run(tmp_path, *small, "--reward", "mine.py:short", "--query-tokens", "6", "--task", "a sum", "--template", "What is {a} + {b}?", "--run", "lsp")
+    run(tmp_path, *small, "--reward", "mine.py:short", "--query-tokens", "6", "--judge", "written", "--run", "written")
+    run(tmp_path, *small, "--game", "grpo", "--data", "sums.jsonl", "--reward", "math", "--run", "grpo")
+    read = lambda name: json.loads((tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()[0])
+    settings = json.loads((tmp_path / "runs" / "lsp" / "settings.json").read_text())
+    assert settings["lr"] == 3e-6 and settings["kl"] == settings["kl_challenger"] == 0.05 and settings["queries"] == 2
+    assert 0 < read("lsp")["quality"] < 1 and read("written")["malformed"] == 1 and read("written")["quality"] == 0
+    assert read("grpo")["reward"] == 0 and (tmp_path / "runs" / "grpo" / "model" / "model.safetensors").is_file()
+    for flags, says in (([], "does not speak the embedded language"), (["--game", "lsp", "--reward", "mine.py:short", "--data", "sums.jsonl"], "--data is for"), (["--game", "grpo", "--reward", "math"], "from --data alone")):
+        done = run(tmp_path, *small, *flags, expect=2)
+        assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_challenger_prompt_has_its_two_variables(real_llama):
+    tokenizer = load(real_llama)[1]
+    text = tokenizer.decode(selfplay.challenger_prompt(tokenizer, "a sum", "What is {a} + {b}?"))
+    assert "Task: a sum\n" in text and "What is {a} + {b}?" in text and "input for this task" in text
+    assert "Task" not in tokenizer.decode(selfplay.challenger_prompt(tokenizer))
 
 
 @pytest.mark.parametrize("flags, message", [

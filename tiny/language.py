@@ -79,11 +79,11 @@ def _solve_chain(word, steps):
     return word
 
 
-def solve(query):
-    """The one right answer (str) of a well-formed instruction; None for anything else."""
+def solve(query, longest=3):
+    """The one right answer (str) of a well-formed instruction; None for anything else. longest: steps that a chain may have."""
     if m := re.fullmatch(r'Take "([a-z]{3,8})", (.+)\.', query):
         steps = m[2].split(", then ")
-        return _solve_chain(m[1], steps) if len(steps) <= 3 else None
+        return _solve_chain(m[1], steps) if len(steps) <= longest else None
     if m := re.fullmatch(f"Add {_NUMBER} and {_NUMBER}\\.", query):
         return str(int(m[1]) + int(m[2]))
     if m := re.fullmatch(f"Subtract {_NUMBER} from {_NUMBER}\\.", query):
@@ -171,6 +171,14 @@ def evaluation_set(n, seed=0):
     rng, queries = random.Random(f"held out {seed}"), {}
     while len(queries) < n:
         queries[draw(rng, held_out=True)] = None
+    return list(queries)
+
+
+def longer_set(n, seed=0):
+    """n chains of four steps, one more than any that the model was trained on or that counts as well formed in a game."""
+    rng, queries = random.Random(f"longer {seed}"), {}
+    while len(queries) < n:
+        queries[_chain(rng, 4)] = None
     return list(queries)
 
 
@@ -331,7 +339,7 @@ def spoken_by(model):
 
     Its vocabulary tells: the Challenger's prompt is one token of it.
     """
-    if hasattr(model, "encode"):
+    if not isinstance(model, (str, Path)):
         return len(model.encode(CHALLENGER_PROMPT)) == 1
     file = Path(model) / "tokenizer.json"
     return file.is_file() and json.dumps(CHALLENGER_PROMPT) in file.read_text(errors="replace")

@@ -114,6 +114,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default=str(HERE), help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    parser.add_argument("--again", type=int, default=2000, help="steps of a second round, at half the learning rate")
     parser.add_argument("--size", type=int, default=60000, help="conversations in the finite fine-tuning set")
     parser.add_argument("--batch", type=int, default=96, help="conversations a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
@@ -121,7 +122,7 @@ def main():
     parser.add_argument("--more", type=int, default=0, metavar="STEPS",
                         help="train the finished model at --out this much longer on the same set instead, and save nothing")
     args = parser.parse_args()
-    if min(args.steps, args.size, args.batch) < 1 or args.lr <= 0 or args.more < 0 or args.batch > args.size:
+    if min(args.steps, args.again, args.size, args.batch) < 1 or args.lr <= 0 or args.more < 0 or args.batch > args.size:
         raise llama.UserError("--steps, --size, --batch and --lr must be above zero, and --batch at most --size")
     torch.manual_seed(args.seed)
     folder = Path(args.out)
@@ -144,7 +145,8 @@ def main():
 
     if args.more:
         log(0, float("nan"), 0)
-    train(model, tokenizer, data, args.more or args.steps, args.batch, args.lr / 2 if args.more else args.lr, args.seed, log)
+    for steps, lr in ((args.more, args.lr / 2),) if args.more else ((args.steps, args.lr), (args.again, args.lr / 2)):
+        train(model, tokenizer, data, steps, args.batch, lr, args.seed, log)
     if not args.more:
         llama.save(model, folder)
     print("judge:", {k: round(v, 3) for k, v in judge_accuracy(model, tokenizer).items()})
