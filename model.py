@@ -32,6 +32,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as TextTokenizer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class UserError(Exception):
@@ -238,6 +242,8 @@ class Llama(nn.Module):
     def __init__(self, config, raw=None):
         super().__init__()
         self.config, self.raw = config, raw or {}  # raw: config.json as it was read, so that it is saved as it was
+        self.recompute = False  # keep only each layer's input for the backward pass and compute the rest again: less memory
+        self.gathering = []  # see optimizer_for
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
@@ -271,8 +277,10 @@ class Llama(nn.Module):
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # [B, 1, T, C/2]
         x = self.embed(ids)  # [B, T, D]
+        again = self.recompute and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos.to(x.dtype), sin.to(x.dtype), mask, cache, layer)
+            inputs = (x, cos.to(x.dtype), sin.to(x.dtype), mask, cache, layer)
+            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         if cache is not None:
             cache.length += ids.shape[1]
         return F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
@@ -472,6 +480,89 @@ def logprobs(model, packed, temperature=1.0, chunk=1024):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+def optimizer_for(model, kind, **settings):
+    """An optimizer (kind: a class of torch.optim) of float32 weights, for a model of any dtype.
+
+    A model in bfloat16 computes in bfloat16 and learns in float32: every weight has a float32 master, in which the gradients
+    of all micro-batches are summed, and each step copies the masters back. Without them, a small step would be rounded away.
+    """
+    weights = list(model.parameters())
+    if model.embed.weight.dtype == torch.float32:
+        return kind(weights, **settings)
+    masters = [w.detach().float().requires_grad_() for w in weights]
+
+    def gather(master):
+        def hook(weight):
+            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+            weight.grad = None
+        return hook
+    for handle in model.gathering:  # of an earlier optimizer
+        handle.remove()
+    model.gathering = [weight.register_post_accumulate_grad_hook(gather(master)) for weight, master in zip(weights, masters)]
+    optimizer = kind(masters, **settings)
+    optimizer.register_step_post_hook(lambda *_: torch._foreach_copy_([w.data for w in weights], masters))
+    return optimizer
+
+
+def clip(optimizer, largest):
+    """Scale the gradients of an optimizer's weights down to a norm of `largest`; returns their norm before."""
+    return torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], largest).item()
+
+
+def parameter_count(config):
+    """How many weights a model of this Config has."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config).parameters())
+
+
+def memory_plan(config, dtype, optimizer_floats, rows, positions, tokens, recompute=False, chunk=1024, frozen=()):
+    """{use: bytes} of a training run, before anything is loaded. What stays, then what comes and goes.
+
+    optimizer_floats: float32 numbers a weight that the optimizer keeps (AdamW 2, RMSProp 1). rows, positions: of the largest
+    sampling batch. tokens: of a micro-batch. frozen: Configs of the models that only look on (reference, reward model).
+    """
+    c, size, P = config, dtype.itemsize, parameter_count(config)
+    width = c.num_attention_heads * c.head_dim
+    layer = 6 * c.hidden_size + 4 * width + 4 * c.num_key_value_heads * c.head_dim + 5 * c.intermediate_size  # floats a token kept for backward
+    kept = (c.num_hidden_layers * c.hidden_size + layer) if recompute else c.num_hidden_layers * layer
+    return {
+        "weights": P * size,
+        "float32 masters": 4 * P if size < 4 else 0,
+        "gradients": 4 * P,
+        "optimizer": 4 * optimizer_floats * P,
+        "frozen models": sum(parameter_count(f) for f in frozen) * size,
+        "cache": 2 * c.num_hidden_layers * rows * positions * c.num_key_value_heads * c.head_dim * size * 2,  # twice: rows that leave are copied
+        "activations": tokens * kept * size,
+        "logits": 3 * 4 * min(chunk, tokens) * c.vocab_size,
+    }
+
+
+def free_memory(device):
+    """Bytes that are free on a device; None where that cannot be told."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+
+
+def check_memory(plan, device, show=False):
+    """Print a memory_plan (show), and raise UserError if it cannot fit."""
+    # Of what comes and goes, sampling (the cache) and training (activations, logits) are never there at once.
+    passing = {"cache": plan["cache"], "activations and logits": plan["activations"] + plan["logits"]}
+    total, free = sum(plan.values()) - min(passing.values()), free_memory(device)
+    if show:
+        for use, size in plan.items():
+            print(f"    {use:<18}{size / 2**30:9.2f} GiB")
+        print(f"    {'at the most':<18}{total / 2**30:9.2f} GiB" + (f" of {free / 2**30:.2f} GiB free on {device}" if free else ""))
+    if free is not None and total > free:
+        raise UserError(f"this needs about {total / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}: "
+                        "try --dtype bfloat16, --recompute, a smaller --micro-batch, fewer games or a smaller model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Text
 
 class Tokenizer:
@@ -631,11 +722,7 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
     Nothing is fetched unless `name` is no folder and looks like a hub name. The model carries `end_ids` (set of int).
     Raises UserError, one line, for whatever is missing, unsupported or does not fit.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        if not is_hub_name(name):
-            raise UserError(f"{name}: no such model folder")
-        folder = _fetch(str(name), revision)
+    folder = _find(name, revision)
     raw = _read_json(folder / "config.json")
     config = Config.from_json(raw)
     tensors = _read_weights(folder)
@@ -670,11 +757,24 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
     return model, tokenizer
 
 
-def _fetch(name, revision):
+def read_config(name, revision=None):
+    """The Config of a model's folder or hub name, without its weights. Raises UserError."""
+    return Config.from_json(_read_json(_find(name, revision, ["config.json"]) / "config.json"))
+
+
+def _find(name, revision, files=("*.json", "*.jinja", "*.safetensors")):
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_hub_name(name):
+        raise UserError(f"{name}: no such model folder")
+    return _fetch(str(name), revision, list(files))
+
+
+def _fetch(name, revision, files):
     """The folder of a hub model: downloaded once, then from the hub library's cache; a cut download goes on where it stopped."""
     from huggingface_hub import errors, snapshot_download  # only who names a hub model needs it
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except errors.GatedRepoError:
         raise UserError(f"{name}: its authors ask you to accept their terms first: do so on its page of the hub, then `hf auth login`") from None
     except errors.RevisionNotFoundError:

@@ -33,7 +33,8 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from model import check_device, generate, groups, is_hub_name, load, logprobs, number, pack, run_command, save
+from model import (DTYPES, check_device, check_memory, clip, generate, groups, is_hub_name, load, logprobs, memory_plan, number, optimizer_for, pack,
+                   parameter_count, read_config, run_command, save)
 from rewards import QualityReward, WrittenQuality, judged, load_referee
 from tiny import language
 
@@ -183,7 +184,7 @@ def update(model, reference, optimizer, players, args):
             (alpha * loss).backward()
             loss_sum, kl_sum = loss_sum + loss.item(), kl_sum + kl.item()
         report[name] = (loss_sum, kl_sum / lengths.sum().item())
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+    norm = clip(optimizer, args.clip)
     optimizer.step()
     optimizer.zero_grad()
     return report, norm
@@ -264,6 +265,9 @@ def parse_args(argv=None):
     g.add_argument("--show-every", type=number(int), default=100, help="print one game every so many steps")
     g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score before and after (with --reward exact)")
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
+    g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
+    g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, about a quarter more time")
+    g.add_argument("--dry-run", action="store_true", help="only say what memory these settings need and how long a step takes; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
     if (Path(args.model).is_dir() or is_hub_name(args.model)) and not language.spoken_by(args.model):
@@ -282,18 +286,34 @@ def main(argv=None):
     args = parse_args(argv)
     generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)
     rng = random.Random(args.seed)
-    model, tokenizer = load(args.model, args.device, revision=args.revision)
+    config, dtype = read_config(args.model, args.revision), DTYPES[args.dtype]
+    frozen = [config] + ([read_config(args.reward)] if Path(args.reward).is_dir() or is_hub_name(args.reward) else [])
+    plan = memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute, frozen=frozen)
+    if args.dry_run:
+        print(f"{args.game} on {args.model}: {parameter_count(config):,} parameters, {args.dtype}")
+    check_memory(plan, args.device, args.dry_run)
+    model, tokenizer = load(args.model, args.device, dtype, args.revision)
     reference = copy.deepcopy(model).requires_grad_(False)  # the starting model: KL anchor, judge, and opponent at the end
     prompt = None if args.game == "grpo" else challenger_prompt(tokenizer, args.task, args.template)
     data = evaluate.read_data(args.data) if args.data else None
     draw = (lambda: rng.choice(data)[0]) if data else lambda: [{"role": "user", "content": language.draw(rng)}]
-    referee = load_referee(args.reward, args.device, data)
+    referee = load_referee(args.reward, args.device, data, dtype)
     judge = None
     if args.game == "lsp" and args.quality > 0:
         judge = (QualityReward if args.judge == "expected" else WrittenQuality)(reference, tokenizer)
-    folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    model.recompute = args.recompute
+    optimizer = optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, 1 - i / args.steps))
+    if args.dry_run:
+        for name in ("first", "second"):
+            began = time.time()
+            queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
+            _, _, a_sol, a_ch = score(queries, answers, referee, judge, args)
+            update(model, reference, optimizer, sides(solver, challenger, a_sol, a_ch, args), args)
+            print(f"{name} step: {time.time() - began:.2f} seconds")
+        print(f"{args.steps} steps like the second: {args.steps * (time.time() - began) / 60:.1f} minutes; nothing was saved")
+        return
+    folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, into {folder}")
     print("a loss near 0 is right: the ratio is 1 and advantages are centred, so only KL is left of its value; its gradient is not 0")

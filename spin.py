@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import check_device, generate, groups, load, logprobs, number, pack, run_command, save
+from model import DTYPES, check_device, clip, generate, groups, load, logprobs, number, optimizer_for, pack, run_command, save
 from tiny import language
 
 # The loss of a margin: any convex, falling function will do (SPIN section 4.1).
@@ -148,14 +148,14 @@ def train(player, pairs, ref, lam, lr, args, rng):
     RMSProp without weight decay, learning rate rising over the first tenth and then falling to 0, as in the paper.
     """
     updates = args.epochs * math.ceil(len(pairs) / args.batch)
-    optimizer = torch.optim.RMSprop(player.parameters(), lr=lr)
+    optimizer = optimizer_for(player, torch.optim.RMSprop, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / (0.1 * updates), (updates - i) / (0.9 * updates), 1.0))
     for _ in range(args.epochs):
         order = rng.sample(range(len(pairs)), len(pairs))
         for batch in groups(order, args.batch):
             began, chosen = time.time(), [pairs[i] for i in batch]
             row = sft_gradients(player, chosen, args) if ref is None else spin_gradients(player, chosen, ref[batch], lam, args)
-            row["gradient_norm"] = torch.nn.utils.clip_grad_norm_(player.parameters(), args.clip).item()
+            row["gradient_norm"] = clip(optimizer, args.clip)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -219,6 +219,8 @@ def parse_args(argv=None):
     g.add_argument("--run", default=argparse.SUPPRESS, help="name of the run's folder below runs/; default: the game and the next free number")
     g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score of each iterate (without --data)")
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
+    g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
+    g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, about a quarter more time")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     return parser.parse_args(argv)
 
@@ -230,7 +232,8 @@ def main(argv=None):
     rng = random.Random(args.seed)
     data = evaluate.read_data(path) if path else language_data(args.pairs * args.iterations)
     rng.shuffle(data)
-    player, tokenizer = load(args.model, args.device, revision=args.revision)
+    player, tokenizer = load(args.model, args.device, DTYPES[args.dtype], args.revision)
+    player.recompute = args.recompute
     prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
     folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in player.parameters()):,} parameters, {len(data):,} answers "

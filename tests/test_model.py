@@ -187,6 +187,41 @@ def test_no_vocabulary_sized_tensor_beyond_a_chunk():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+def test_recomputing_activations_changes_no_gradient(small):
+    def gradients(recompute):
+        small.recompute = recompute
+        small.zero_grad()
+        for packed in pack(PROMPTS, COMPLETIONS):
+            logprobs(small, packed).sum().backward()
+        return [p.grad.clone() for p in small.parameters()]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(False), gradients(True)))
+
+
+def test_bfloat16_learns_in_float32(small):
+    """Fifty steps, each too small for bfloat16 to see: with float32 masters they add up, in each optimizer's turn alone."""
+    model = small.bfloat16()
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):  # a second optimizer must not find the first one's hooks
+        optimizer = llama.optimizer_for(model, torch.optim.SGD, lr=1.0)
+        for _ in range(25):
+            for _ in range(2):  # two micro-batches
+                sum(p.sum() for p in model.parameters()).mul(0.5e-4).backward()
+            assert all(p.grad is None for p in model.parameters())
+            assert llama.clip(optimizer, 1e9) == pytest.approx(1e-4 * sum(p.numel() for p in model.parameters()) ** 0.5, rel=0.02)
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, old in zip(model.parameters(), before):
+        assert torch.allclose(p.float(), (old.float() - 50e-4), rtol=0.02, atol=1e-3) and not torch.equal(p, old)
+    alone = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in alone:
+            p -= 1e-4  # what bfloat16 itself would do
+    assert sum(torch.equal(a, p) for a, p in zip(alone, model.parameters())) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Text
 
 def test_special_tokens_in_a_query_stay_text(tiny):

@@ -1,0 +1,159 @@
+"""Real sizes, random weights: `python tests/bench_llama.py --size llama-3.2-1b` prints JSON. Needs no download.
+
+    decode: seconds of sampling against what the memory's bandwidth allows (weights and cache read once a step, against a
+            measured copy), and against transformers' generate with its static cache
+    step:   whole steps of `selfplay.py` in the paper's setting, with a reward model of the same size; their peak memory against
+            what `--dry-run` foretells
+
+The models are written to a temporary folder with the sizes of their published config.json; the vocabulary is the embedded
+default's (the ids that it lacks decode to nothing), or --tokenizer's.
+"""
+import argparse
+import copy
+import json
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+
+import model as llama  # noqa: E402
+import selfplay  # noqa: E402
+from rewards import QualityReward, RewardModel  # noqa: E402
+
+LLAMA3 = {"rope_theta": 500000.0, "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "tie_word_embeddings": True,
+          "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}}
+SIZES = {  # from the published config.json of each
+    "llama-3.2-1b": LLAMA3 | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
+    "llama-3.2-3b": LLAMA3 | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+                     "vocab_size": 49152, "rope_theta": 100000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True},
+    "small": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+              "vocab_size": 1000, "rope_theta": 10000.0, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+}
+
+
+def write(folder, size, tokenizer, dtype, score_head):
+    """A model folder with random weights."""
+    kind = "LlamaForSequenceClassification" if score_head else "LlamaForCausalLM"
+    raw = SIZES[size] | {"model_type": "llama", "architectures": [kind], "hidden_act": "silu", "rms_norm_eps": 1e-5, "eos_token_id": 3}
+    torch.manual_seed(int(score_head))
+    model = llama.Llama(llama.Config.from_json(raw), raw).to(dtype)
+    model.folder = folder
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tokenizer) / name, folder)
+    llama.save(model, folder)
+
+
+def sync(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work, device, rounds):
+    """Median seconds, after one round that does not count."""
+    times = []
+    for _ in range(rounds + 1):
+        sync(device)
+        began = time.perf_counter()
+        work()
+        sync(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def bandwidth(device):
+    """Bytes a second that a large copy reads and writes."""
+    a = torch.empty(2**28 if torch.device(device).type == "cuda" else 2**26, dtype=torch.float32, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.numel() * 4 / seconds(lambda: b.copy_(a), device, 5)
+
+
+def bench_decode(folder, device, dtype, rows, new, rounds):
+    model, tokenizer = llama.load(folder, device, dtype)
+    # Different prompts, so that no row can lean on another's work.
+    prompts = [tokenizer.chat([{"role": "user", "content": f"{i} and {i * i}?"}]) for i in range(rows)]
+    ours = seconds(lambda: llama.generate(model, prompts, 1, new, end_ids={-1}), device, rounds)
+    c, width = model.config, max(map(len, prompts))
+    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * rows * (width + new / 2) * dtype.itemsize
+    limit = new * (weights + cache) / bandwidth(device)
+    result = {"rows": rows, "new_tokens": new, "ours_s": ours, "bandwidth_limit_s": limit, "share_of_limit": limit / ours}
+    del model
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return result | {"transformers": "not installed"}
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    theirs = seconds(lambda: peer.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                           cache_implementation="static", pad_token_id=0), device, rounds)
+    return result | {"transformers_s": theirs, "ratio": theirs / ours}
+
+
+def bench_step(folder, reward, flags, rounds):
+    """A whole step, as selfplay.main plays it, and its peak memory."""
+    args = selfplay.parse_args(["--model", str(folder), "--reward", str(reward), *flags])
+    device, dtype = args.device, llama.DTYPES[args.dtype]
+    config = llama.read_config(folder)
+    plan = llama.memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute,
+                             frozen=[config, llama.read_config(reward)])
+    foretold = sum(plan.values()) - min(plan["cache"], plan["activations"] + plan["logits"])
+    cuda = torch.device(device).type == "cuda"
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    model, tokenizer = llama.load(folder, device, dtype)
+    model.recompute = args.recompute
+    reference = copy.deepcopy(model).requires_grad_(False)
+    referee, judge = RewardModel(reward, device, dtype), QualityReward(reference, tokenizer)
+    optimizer = llama.optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0, fused=True)
+    generator, prompt = torch.Generator(device).manual_seed(0), selfplay.challenger_prompt(tokenizer)
+
+    def step():
+        queries, answers, challenger, solver = selfplay.play(model, tokenizer, prompt, None, args, generator)
+        _, _, a_sol, a_ch = selfplay.score(queries, answers, referee, judge, args)
+        selfplay.update(model, reference, optimizer, selfplay.sides(solver, challenger, a_sol, a_ch, args), args)
+    result = {"queries": args.queries, "answers": args.answers, "answer_tokens": args.answer_tokens, "dtype": args.dtype, "step_s": seconds(step, device, rounds)}
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result | {"peak_gib": peak / 2**30, "peak_above_start_gib": (peak - (0 if cuda else resident)) / 2**30, "foretold_gib": foretold / 2**30}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="whose published sizes")
+    parser.add_argument("--what", choices=["decode", "step"], nargs="+", default=["step", "decode"], help="what to measure")
+    parser.add_argument("--rows", type=int, default=64, help="of the decoding bench")
+    parser.add_argument("--new-tokens", type=int, default=512, help="of the decoding bench")
+    parser.add_argument("--rounds", type=int, default=3, help="medians are over so many")
+    parser.add_argument("--dtype", choices=list(llama.DTYPES), default="bfloat16" if torch.cuda.is_available() else "float32", help="of all models")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
+    parser.add_argument("--tokenizer", default=str(ROOT / "tiny"), help="folder with tokenizer.json and tokenizer_config.json")
+    args, flags = parser.parse_known_args()  # what is left goes to selfplay.py
+    dtype = llama.DTYPES[args.dtype]
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    result = {"machine": f"{machine}, torch {torch.__version__}", "size": args.size}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, reward = Path(temporary) / "policy", Path(temporary) / "reward"
+        for path, score_head in ((folder, False), (reward, True)):
+            path.mkdir()
+            write(path, args.size, args.tokenizer, dtype, score_head)
+        if "step" in args.what:
+            result["step"] = bench_step(folder, reward, ["--dtype", args.dtype, "--device", args.device, *flags], args.rounds)
+        if "decode" in args.what:
+            result["decode"] = bench_decode(folder, args.device, dtype, args.rows, args.new_tokens, args.rounds)
+    print(json.dumps({k: {n: round(x, 3) if isinstance(x, float) else x for n, x in v.items()} if isinstance(v, dict) else v for k, v in result.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
