@@ -23,6 +23,7 @@ both; AdamW, learning rate falling to 0; a stronger KL for the Challenger. `-h` 
 import argparse
 import copy
 import json
+import math
 import random
 import sys
 import time
@@ -160,8 +161,8 @@ def sides(solver, challenger, a_sol, a_ch, args):
     return players
 
 
-def update(model, reference, optimizer, players, args):
-    """One optimizer step on L_Sol + alpha_Ch L_Ch: {name: (loss, KL a token)}, gradient norm before clipping.
+def gradients(model, reference, players, args):
+    """Gradients of L_Sol + alpha_Ch L_Ch, added to what there is: {name: (loss, KL a token)}.
 
     players: what `sides` returns. Answers that a group gave several times are computed once, with their advantages summed:
     the same loss and gradient for less work. A completion lies in one micro-batch, so the split changes nothing.
@@ -184,6 +185,12 @@ def update(model, reference, optimizer, players, args):
             (alpha * loss).backward()
             loss_sum, kl_sum = loss_sum + loss.item(), kl_sum + kl.item()
         report[name] = (loss_sum, kl_sum / lengths.sum().item())
+    return report
+
+
+def update(model, reference, optimizer, players, args):
+    """One optimizer step on L_Sol + alpha_Ch L_Ch: {name: (loss, KL a token)}, gradient norm before clipping."""
+    report = gradients(model, reference, players, args)
     norm = clip(optimizer, args.clip)
     optimizer.step()
     optimizer.zero_grad()
@@ -228,6 +235,82 @@ def game_text(step, query, answers, reward, quality, a_sol, pay, valid):
     return "\n".join(lines + [f"    the Challenger's advantage for this query: {pay:+.2f}"])
 
 
+def token_logprobs(model, player, args):
+    """log pi of every token of a player's completions: M lists, in order."""
+    out = [[] for group in player.completions for _ in group]
+    with torch.no_grad():
+        for packed in pack(player.prompts, player.completions, args.micro_batch, model.embed.weight.device):
+            for owner, lp in zip(packed.owner.tolist(), logprobs(model, packed, args.temperature).tolist()):
+                out[owner].append(lp)
+    return out
+
+
+def explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge, args, generator):
+    """--explain: one step as a lesson, number by number, each with the function that computed it. The numbers are the step's own.
+
+    A few steps are played before it, unseen: at the very start policy and reference are the same, and every KL is 0.
+    """
+    for lesson in [False] * 5 + [True]:
+        queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
+        reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args)
+        players = sides(solver, challenger, a_sol, a_ch, args)
+        if not lesson:
+            update(model, reference, optimizer, players, args)
+    print("PLAY: one model, two players, told apart by the prompt alone                        selfplay.play")
+    if challenger:
+        print(f"  the Challenger is asked: {tokenizer.decode(prompt)[:70]!r}\n  the Solver is asked each query as a plain user turn")
+    before, lessons = {}, {}
+    for name, (player, alpha, beta) in players.items():
+        lp, ref = token_logprobs(model, player, args), token_logprobs(reference, player, args)
+        kl = [[KL[args.kl_form](torch.tensor(r - x)).item() for x, r in zip(*rows)] for rows in zip(lp, ref)]
+        before[name], lessons[name] = lp, (lp, ref, kl)
+    number = 0
+    for i, (query, group) in enumerate(zip(queries, answers)):
+        print(f"\n  q{i + 1}  {query[:88] or '(nothing)'}")
+        print("      answer                            R       R_Q        A_Sol     log pi     KL sum")
+        print("                                  referee     judge   advantages   logprobs         KL")
+        for j, answer in enumerate(group):
+            lp, _, kl = (part[number] for part in lessons["solver"])
+            print(f"      {(answer or '(nothing)')[:24]:<26}{reward[i, j]:9.3f}  {quality[i, j]:8.4f}   {a_sol[i, j]:+10.5f}  {sum(lp):9.3f}  {sum(kl):9.2e}")
+            number += 1
+        print(f"      V = mean R = {reward[i].mean():.4f}, mean R_Q = {quality[i].mean():.4f}" + (
+            f"; the Challenger is paid {args.pay}(V) + V_Q = {PAY[args.pay](reward[i].mean()[None]).item() + quality[i].mean():+.4f}" if challenger else ""))
+        if challenger:
+            lp, _, kl = (part[i] for part in lessons["challenger"])
+            print(f"      A_Ch = {a_ch[i]:+.5f} (advantages)   log pi(q) = {sum(lp):.3f} (logprobs)   KL sum = {sum(kl):.2e} (KL)")
+
+    print("\nUPDATE: every token's part in the losses                                       selfplay.player_loss")
+    for name, (player, alpha, beta) in players.items():
+        lp, ref, kl = lessons[name]
+        M, flat = len(lp), [ids for group in player.completions for ids in group]
+        lengths = torch.tensor([float(len(ids)) for ids in flat])
+        weight = AGGREGATE[args.aggregate](lengths)
+        m = max(range(M), key=lambda m: (len(set(flat[m])) > 1, abs(player.advantage[m])))  # the text with the most to learn from
+        print(f"\n  {name}: a text of advantage {player.advantage[m]:+.4f}; weight {weight[m]:.3f} (AGGREGATE), beta {beta:g}, M = {M} texts.")
+        print("  Slope of the loss by this log pi: -A weight / M, as pi/sg(pi) is 1, with the gradient of log pi")
+        print("      token                log pi   log pi_Ref    KL term      slope   beta weight KL / M")
+        for token, x, r, k in list(zip(flat[m], lp[m], ref[m], kl[m]))[:16]:
+            text = repr(tokenizer.text.id_to_token(token))[1:-1][:16]
+            print(f"      {text:<17}{x:10.4f}   {r:10.4f}  {k:9.2e}   {-(player.advantage[m] * weight[m] / M):+8.5f}   {beta * weight[m] * k / M:18.2e}")
+        loss = sum((weight[m] * (beta * sum(kl[m]) - player.advantage[m])).item() for m in range(M)) / M
+        gradients(model, reference, {name: players[name]}, args)
+        norm = clip(optimizer, float("inf"))
+        optimizer.zero_grad()
+        print(f"  L_{'Sol' if name == 'solver' else 'Ch'} = 1/M sum weight (beta KL sum - A) = {loss:+.6f}; in the sum times {alpha:g},\n  with a gradient of norm {norm:.5f} there (gradients)")
+    report, norm = update(model, reference, optimizer, players, args)
+    total = sum(players[name][1] * loss for name, (loss, _) in report.items())
+    print(f"\n  L_Sol + alpha_Ch L_Ch of the step itself: {total:+.6f}; gradient norm {norm:.5f}, clipped at {args.clip:g} (update)")
+
+    print("\nAFTER: what the step changed                                                         token_logprobs")
+    after, number = token_logprobs(model, solver, args), 0
+    for i, group in enumerate(answers):
+        lines = {}
+        for j, answer in enumerate(group):
+            lines[answer] = f"      {(answer or '(nothing)')[:26]:<28}A {a_sol[i, j]:+.3f}   p {math.exp(sum(before['solver'][number])):.5f} -> {math.exp(sum(after[number])):.5f}"
+            number += 1
+        print(f"  q{i + 1}\n" + "\n".join(lines.values()))
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Language Self-Play: a Llama that learns by asking itself ever harder questions.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
@@ -267,6 +350,7 @@ def parse_args(argv=None):
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
     g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, about a quarter more time")
+    g.add_argument("--explain", action="store_true", help="play one step, of 3 queries x 4 answers unless told, and print it as a lesson; save nothing")
     g.add_argument("--dry-run", action="store_true", help="only say what memory these settings need and how long a step takes; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
@@ -275,6 +359,9 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
         if args.reward == "exact":
             parser.error(f"{args.model} does not speak the embedded language, so --reward exact cannot judge it: name a reward model, file.py:function, or math")
+    if args.explain:
+        parser.set_defaults(queries=3, answers=4)
+        args = parser.parse_args(argv)
     if args.data and args.game != "grpo":
         parser.error("--data is for --game grpo: in the other games the Challenger writes the queries")
     if args.reward == "math" and not args.data:
@@ -313,6 +400,8 @@ def main(argv=None):
             print(f"{name} step: {time.time() - began:.2f} seconds")
         print(f"{args.steps} steps like the second: {args.steps * (time.time() - began) / 60:.1f} minutes; nothing was saved")
         return
+    if args.explain:
+        return explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge, args, generator)
     folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, into {folder}")

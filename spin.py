@@ -194,6 +194,48 @@ def pair_text(tokenizer, messages, pair, lp, ref, lam):
     return "\n".join(lines + [f"      margin {spin_margin(lp[None], ref[None], lam).item():+.2f}"])
 
 
+def explain(player, tokenizer, prompts, answers, data, generator, rng, args):
+    """--explain: one pair of one update as a lesson, number by number, each with the function that computed it.
+
+    Half of the update's pairs are trained on first, unseen: at the very start player and opponent are the same, and the margin is 0.
+    """
+    opponent = copy.deepcopy(player).requires_grad_(False)
+    prompts, answers = prompts[:2 * args.batch], answers[:2 * args.batch]
+    rivals = opponent_answers(opponent, prompts, args.answer_tokens, generator)
+    pairs = [Pair(*row) for row in zip(prompts, answers, rivals)]
+    ref = opponent_logprobs(opponent, pairs, args.micro_batch)
+    half = len(pairs) // 2
+    for _ in train(player, pairs[:half], ref[:half], args.lam, args.lr, args, rng):
+        pass
+    pick = next((i for i in range(half, len(pairs)) if pairs[i].answer != pairs[i].rival), half)
+    pair = pairs[pick]
+    print(f"THE PAIR: the opponent answered too                                                opponent_answers\n  {data[pick][0][-1]['content'][:96]}")
+    print(f"  {sum(p.answer == p.rival for p in pairs)} of {len(pairs)} such pairs have two equal answers, and teach nothing")
+    print("\nTOKENS: under the player p and the opponent p_t                                       logprobs")
+    for who, reply in (("y   people's answer", pair.answer), ("y'  the opponent's", pair.rival)):
+        print(f"  {who}\n      token              log p   log p_t     log p / p_t")
+        with torch.no_grad():
+            packed, = pack([pair.prompt], [[reply]], args.micro_batch, ref.device, whole=True)
+            rows = list(zip(reply, logprobs(player, packed).tolist(), logprobs(opponent, packed).tolist()))
+        for token, x, r in rows[:24]:
+            print(f"      {repr(tokenizer.text.id_to_token(token))[1:-1][:14]:<15}{x:9.4f} {r:9.4f}   {x - r:+9.4f}")
+        print(f"      {'sum':<15}{sum(x for _, x, _ in rows):9.4f} {sum(r for *_, r in rows):9.4f}   {sum(x - r for _, x, r in rows):+9.4f}")
+    lp = opponent_logprobs(player, [pair], args.micro_batch)  # [1, 2]
+    margin = spin_margin(lp, ref[pick][None], args.lam)
+    slope = torch.autograd.functional.jacobian(lambda m: LOSS[args.loss](m).sum(), margin).item()
+    print(f"\nLOSS\n  margin = {args.lam:g} ({lp[0, 0] - ref[pick, 0]:+.4f} - {lp[0, 1] - ref[pick, 1]:+.4f}) = {margin.item():+.4f}   (spin_margin)")
+    print(f"  loss = {args.loss}(margin) = {spin_loss(lp, ref[pick][None], args.lam, args.loss).item():.5f}   (spin_loss)")
+    print(f"  its slope by log p(y|x) is {args.lam * slope:+.4f}, by log p(y'|x) {-args.lam * slope:+.4f}: only the\n  difference is trained, so both may fall")
+    row = spin_gradients(player, [pair], ref[pick][None], args.lam, args)
+    print(f"  the gradient of this pair has norm {sum(p.grad.norm() ** 2 for p in player.parameters()) ** 0.5:.4f}   (spin_gradients)")
+    player.zero_grad()
+    for _ in train(player, pairs[half:], ref[half:], args.lam, args.lr, args, rng):
+        pass
+    lp = opponent_logprobs(player, [pair], args.micro_batch)
+    print(f"\nAFTER training on these {len(pairs) - half} pairs, {args.epochs} epochs                                         train")
+    print(f"  margin {row['margin']:+.4f} -> {spin_margin(lp, ref[pick][None], args.lam).item():+.4f}   log p(y|x) {row['logprob_answer']:.4f} -> {lp[0, 0]:.4f}   log p(y'|x) {row['logprob_rival']:.4f} -> {lp[0, 1]:.4f}")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Self-Play Fine-Tuning: a Llama that learns to tell people's answers from its own earlier ones.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -221,8 +263,12 @@ def parse_args(argv=None):
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
     g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, about a quarter more time")
+    g.add_argument("--explain", action="store_true", help="print one pair of one update as a lesson; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.explain and args.dtype != "float32":
+        parser.error("--explain shows float32 numbers: leave --dtype out")
+    return args
 
 
 def main(argv=None):
@@ -235,6 +281,8 @@ def main(argv=None):
     player, tokenizer = load(args.model, args.device, DTYPES[args.dtype], args.revision)
     player.recompute = args.recompute
     prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
+    if args.explain:
+        return explain(player, tokenizer, prompts, answers, data, generator, rng, args)
     folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in player.parameters()):,} parameters, {len(data):,} answers "
           f"{'from ' + path if path else 'of its own fine-tuning set'}, seed {args.seed}, into {folder}")

@@ -221,6 +221,23 @@ def test_bfloat16_learns_in_float32(small):
     assert sum(torch.equal(a, p) for a, p in zip(alone, model.parameters())) > 0
 
 
+def test_memory_plan_by_hand(small, monkeypatch):
+    """Weights, gradients and AdamW's two numbers, four bytes each; bfloat16 adds masters; what cannot fit is refused in one line."""
+    P = sum(p.numel() for p in small.parameters())
+    assert llama.parameter_count(small.config) == P
+    plan = llama.memory_plan(small.config, torch.float32, 2, 8, 20, 512, frozen=[small.config])
+    assert (plan["weights"], plan["gradients"], plan["optimizer"], plan["frozen models"], plan["float32 masters"]) == (4 * P, 4 * P, 8 * P, 4 * P, 0)
+    assert plan["cache"] == 2 * 2 * 8 * 20 * 2 * 8 * 4 * 2  # k and v, layers, rows, positions, kv heads, head size, bytes, and once more for the copy
+    half = llama.memory_plan(small.config, torch.bfloat16, 2, 8, 20, 512)
+    assert (half["weights"], half["float32 masters"], half["frozen models"]) == (2 * P, 4 * P, 0)
+    assert llama.memory_plan(small.config, torch.float32, 2, 8, 20, 512, recompute=True)["activations"] < plan["activations"]
+    monkeypatch.setattr(llama, "free_memory", lambda device: 1000)
+    with pytest.raises(UserError, match="try --dtype bfloat16"):
+        llama.check_memory(plan, "cpu")
+    monkeypatch.setattr(llama, "free_memory", lambda device: None)
+    llama.check_memory(plan, "cpu")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 

@@ -231,6 +231,30 @@ def test_two_steps_of_the_real_command(tmp_path, game):
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters()))
 
 
+def test_dry_run_says_what_it_needs_and_saves_nothing(tmp_path):
+    done = run(tmp_path, "--model", str(ROOT / "tiny"), "--queries", "2", "--answers", "2", "--dry-run")
+    assert "756,224 parameters" in done.stdout and "GiB free" in done.stdout and "second step" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_lesson_is_the_real_step(tmp_path):
+    """--explain fits 100 columns, and both losses follow from the printed advantages and KL sums; a strong KL makes them speak."""
+    import re
+    out = run(tmp_path, "--model", str(ROOT / "tiny"), "--explain", "--lr", "2e-3", "--kl", "3", "--kl-challenger", "5").stdout
+    assert max(map(len, out.splitlines())) <= 100 and not (tmp_path / "runs").exists()
+    number = r"([+-]?\d+\.?\d*(?:e[+-]\d+)?)"
+    answers = re.findall(rf"^      \S.*? {number} +{number} +([+-]\d\.\d+) +-{number} +{number}$", out, re.M)
+    queries = re.findall(rf"A_Ch = {number} .*KL sum = {number}", out)
+    assert len(answers) == 12 and len(queries) == 3
+    l_sol = sum(3 * float(kl) - float(a) for *_, a, _, kl in answers) / 12
+    l_ch = sum(5 * float(kl) - float(a) for a, kl in queries) / 3
+    printed = [float(x) for x in re.findall(rf"KL sum - A\) = {number}", out)]
+    assert printed == [pytest.approx(l_sol, rel=0.02, abs=1e-4), pytest.approx(l_ch, rel=0.02, abs=1e-4)] and l_sol > 0.01
+    total, = re.findall(rf"of the step itself: {number}", out)
+    assert float(total) == pytest.approx(printed[0] + 0.005 * printed[1], abs=1e-4)
+    assert re.search(r"A \+\d.*p (\S+) -> (?!\1)", out)  # the step changed something
+
+
 def test_same_seed_same_run(tmp_path):
     for name in "ab":
         run(tmp_path, "--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "3", "--answers", "2", "--eval-items", "20", "--seed", "5", "--run", name)

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -68,6 +69,20 @@ def test_gradient_by_hand():
     lp = torch.tensor([[-1.0, -3.0]], requires_grad=True)
     spin_loss(lp, lp.detach(), 0.5).sum().backward()
     assert torch.allclose(lp.grad, torch.tensor([[-0.25, 0.25]]))
+
+
+def test_first_gradient_is_that_of_fine_tuning_on_average():
+    """Over all the opponent might answer, its part of the first gradient has mean 0: what is left is lambda/2 of fine-tuning's.
+
+    So an iteration begins as fine-tuning with noise added, and only later, as margins grow, becomes a game of its own.
+    """
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.5], requires_grad=True)  # a model of one-token answers
+    lp, people = logits.log_softmax(-1), 1
+    expected = sum(p * spin_loss(torch.stack([lp[people], lp[rival]])[None], torch.stack([lp[people], lp[rival]])[None].detach(), 0.7)[0]
+                   for rival, p in enumerate(lp.exp().tolist()))
+    spin_gradient, = torch.autograd.grad(expected, logits, retain_graph=True)
+    sft_gradient, = torch.autograd.grad(-lp[people], logits)
+    assert torch.allclose(spin_gradient, 0.35 * sft_gradient, atol=1e-6)
 
 
 def test_first_loss_is_log_2(tiny, pairs):
@@ -264,6 +279,20 @@ def test_the_last_iteration_s_pairs_are_mixed_in(played):
     folder, out = played
     rows = [json.loads(line)["iteration"] for line in (folder / "runs" / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [rows.count(i) for i in range(3)] == [3, 5, 5] and "80 pairs, 40 of them new" in out
+
+
+def test_the_lesson_is_a_real_pair(played):
+    """--explain: the margin is lambda times the difference of the printed sums, the loss follows from it, and training widens it."""
+    folder, _ = played
+    before = sorted(p.name for p in (folder / "runs").iterdir())
+    out = run(folder, "--explain", "--lam", "2").stdout
+    sums = [float(x) for x in re.findall(r"^      sum .* ([+-][\d.]+)$", out, re.M)]
+    margin, = re.findall(r"\) = ([+-][\d.]+)   \(spin_margin\)", out)
+    loss, = re.findall(r"= ([\d.]+)   \(spin_loss\)", out)
+    assert float(margin) == pytest.approx(2 * (sums[0] - sums[1]), abs=1e-3) and float(loss) == pytest.approx(math.log1p(math.exp(-float(margin))), abs=1e-3)
+    old, new = map(float, re.findall(r"  margin ([+-][\d.]+) -> ([+-][\d.]+)", out)[0])
+    assert new > old and max(map(len, out.splitlines())) <= 100
+    assert sorted(p.name for p in (folder / "runs").iterdir()) == before
 
 
 def test_same_seed_same_run(played):
