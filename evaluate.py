@@ -4,11 +4,13 @@
     python evaluate.py runs/lsp-1 --against tiny         the same for both, and the win rate
     python evaluate.py runs/lsp-1 runs/grpo-1 --picture curves.png
     python evaluate.py MODEL --against BASE --instructions alpaca_eval.json --reward REWARD_MODEL
+    python evaluate.py reproduce                         every game of both papers, and what they say of the claims
 
 MODEL is a folder in Hugging Face layout, a hub name, or the folder of a run (then its model, and its curves are drawn).
 Held-out instructions of the embedded language; 95 % intervals.
 """
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from model import UserError, check_device, generate, groups, load, number, run_command
+from model import DTYPES, UserError, check_device, generate, groups, load, number, run_command
 from rewards import ExactReward, PairJudge, judged, load_referee
 from tiny import language
 
@@ -157,7 +159,7 @@ def read_data(path):
     paper does), with the system message before it, if there is one.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028, inside a text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data {path}: not readable as text ({error})") from None
     pairs = []
@@ -219,6 +221,12 @@ PANELS = {  # of a run's picture: name in metrics.jsonl -> title
     "answer_tokens": "tokens an answer"}
 
 
+def smooth(curve, parts):
+    """Each value's mean with those before it, over a `parts`-th of the curve."""
+    window = max(1, len(curve) // parts)
+    return [sum(curve[max(0, j - window + 1):j + 1]) / min(window, j + 1) for j in range(len(curve))]
+
+
 def draw(runs, path):
     """Draw the curves of one or several runs into one PNG, smoothed over a twentieth of the run; False if there are none.
 
@@ -238,10 +246,8 @@ def draw(runs, path):
         for i, (name, d) in enumerate(data.items()):
             if key not in d:
                 continue
-            window = max(1, len(d[key]) // 20)
-            smooth = [sum(d[key][max(0, j - window + 1):j + 1]) / len(d[key][max(0, j - window + 1):j + 1]) for j in range(len(d[key]))]
             axis.plot(d["step"], d[key], color=f"C{i}", alpha=0.18, linewidth=0.8)
-            axis.plot(d["step"], smooth, color=f"C{i}", label=name)
+            axis.plot(d["step"], smooth(d[key], 20), color=f"C{i}", label=name)
         axis.set_title(PANELS[key], fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         if key in ("valid", "spread", "distinct"):
@@ -258,10 +264,16 @@ def draw(runs, path):
         axis.grid(alpha=0.25)
     for axis in axes.flat[count:]:
         axis.axis("off")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*_legend(axes), fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def _legend(axes):
+    """Each run's line and name once, from whichever panels show it."""
+    lines = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
+    return list(lines.values()), list(lines)
 
 
 def model_folder(name):
@@ -287,6 +299,7 @@ def method_commands(steps):
     return {"GRPO on data": (grpo, None), "LSP-Zero": (zero, None), "LSP": (lsp, None),
             "GRPO, then LSP": (lsp, "GRPO on data"), "LSP, then GRPO": (grpo, "LSP"),
             **{f"LSP paid {pay}": (f"{lsp} --pay {pay}", None) for pay in ("r-zero", "absolute-zero", "sqlm", "spice")},
+            "LSP-Zero, eager": (f"{zero} --alpha-ch {EAGER}", None),
             "LSP-Zero, eager, 3 x as long": (f"selfplay.py --game lsp-zero {long}", None), "LSP, eager, 3 x as long": (f"selfplay.py --game lsp {long}", None),
             "SPIN": (f"spin.py --pairs {pairs}", None), "more fine-tuning": (f"spin.py --game sft --pairs {pairs}", None),
             "SPIN, one long iteration": (f"spin.py --pairs {pairs} --iterations 1 --epochs 14", None)}
@@ -300,17 +313,40 @@ STUDENT = [math.nan, math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365,
 def seeds_and_items(x):
     """[mean, low, high], 95 %, of x [seeds, items]: seeds and items each vary, so both widths count, added in squares.
 
-    Between seeds Student's t; with one seed that part is unknown and left out.
+    Between seeds Student's t; with one seed that part is unknown and left out. A single number has no interval at all.
     """
     S, n = x.shape
+    if S == n == 1:
+        return [x.item(), -math.inf, math.inf]
     seeds = STUDENT[min(S, 10)] * x.mean(1).std().item() / math.sqrt(S) if S > 1 else 0.0
     items = 1.959964 * x.mean(0).std().item() / math.sqrt(n) if n > 1 else 0.0
     mean, half = x.mean().item(), math.hypot(seeds, items)
     return [mean, mean - half, mean + half]
 
 
-def run_method(out, method, seed, start, commands):
-    """One run of `reproduce` and the scores of its iterates, unless both are there already. Returns an error text or None."""
+def iterates(folder):
+    """The models of a run in order: SPIN's whole iterates, or the one model of another game."""
+    if (folder / "model").is_dir():
+        return [folder / "model"]
+    whole = [p for p in folder.glob("iteration-*") if p.name.removeprefix("iteration-").isdigit()]
+    return sorted(whole, key=lambda p: int(p.name.removeprefix("iteration-")))
+
+
+def finished(folder):
+    """Was a run played to its end? A run that was stopped has a picture, too, but fewer steps or iterates."""
+    if not (folder / "curves.png").is_file():  # the last thing that a run writes
+        return False
+    settings = json.loads((folder / "settings.json").read_text())
+    if "steps" in settings:
+        return len((folder / "metrics.jsonl").read_text().splitlines()) == settings["steps"]
+    return len(iterates(folder)) == settings["iterations"]
+
+
+def run_method(out, method, seed, start, commands, children):
+    """One run of `reproduce` and the scores of its iterates, unless both are there already. Returns an error text or None.
+
+    children: a set that holds the process while it runs, for Ctrl-C to end.
+    """
     import os
     import subprocess
     command, after = commands[method]
@@ -320,17 +356,21 @@ def run_method(out, method, seed, start, commands):
     here = Path(__file__).resolve().parent
 
     def call(*words):
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=out, env=environment, capture_output=True, text=True)
-        return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1] if done.returncode else None
+        # In a session of its own: Ctrl-C must not make it save half a run as if it were whole.
+        child = subprocess.Popen([sys.executable, *map(str, words)], cwd=out, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        children.add(child)
+        errors = child.communicate()[1]
+        children.discard(child)
+        return (errors.strip().splitlines() or [f"exit {child.returncode}"])[-1] if child.returncode else None
 
-    if not (folder / "curves.png").is_file():  # the last thing that a run writes
+    if not finished(folder):
         if folder.is_dir():  # a run that was cut off: kept, out of the way
-            number = next(i for i in range(1, 1000) if not folder.with_name(f"{folder.name}-cut-{i}").exists())
-            folder.rename(folder.with_name(f"{folder.name}-cut-{number}"))
+            free = next(i for i in range(1, 1000) if not folder.with_name(f"{folder.name}-cut-{i}").exists())
+            folder.rename(folder.with_name(f"{folder.name}-cut-{free}"))
         script, *words = command.split()
         if error := call(here / script, *words, "--model", model, "--seed", 10 + seed, "--run", folder.name, "--eval-items", 1, "--device", "cpu"):
             return f"{method}, seed {seed}: {error}"
-    for iterate in [folder / "model"] if (folder / "model").is_dir() else sorted(folder.glob("iteration-*")):
+    for iterate in iterates(folder):
         if not (iterate / "scores.json").is_file():
             if error := call(here / "evaluate.py", iterate, "--held-out", HELD_OUT, "--seed", 10 + seed, "--json", iterate / "scores.json", "--device", "cpu"):
                 return f"{method}, seed {seed}: {error}"
@@ -344,14 +384,21 @@ def slug(method):
 class Results:
     """What `reproduce` found: the scores of all methods, seeds and iterates, and the runs' curves."""
 
-    def __init__(self, out, methods, seeds):
+    def __init__(self, out, commands, seeds):
         read = lambda path: json.loads(path.read_text())
-        folders = {m: [out / "runs" / f"{slug(m)}-s{s}" for s in seeds] for m in methods}
-        iterates = lambda f: [f / "model"] if (f / "model").is_dir() else sorted(f.glob("iteration-*"))
+        folders = {m: [out / "runs" / f"{slug(m)}-s{s}" for s in seeds] for m in commands}
         self.start = [read(out / f"start-s{s}.json") for s in seeds]
         self.scores = {m: [[read(i / "scores.json") for i in iterates(f)] for f in fs] for m, fs in folders.items()}  # [seed][iterate]
         self.metrics = {m: [read_metrics(f) for f in fs] for m, fs in folders.items()}
-        self.games = {m: [[json.loads(line) for line in (f / "games.jsonl").read_text().splitlines()] for f in fs] for m, fs in folders.items()}
+        self.settings = {m: read(fs[0] / "settings.json") for m, fs in folders.items()}
+        self.after = {m: after for m, (_, after) in commands.items()}
+
+    def cost(self, method):
+        """(games, tokens sampled, minutes on one thread) of a method's run, mean over seeds, with the run that it started from."""
+        s, metrics = self.settings[method], self.metrics[method]
+        games = s["steps"] * s["queries"] * s["answers"] if "steps" in s else s["iterations"] * s["pairs"] * (s["game"] == "spin")
+        own = (games, sum(sum(m["tokens"]) for m in metrics) / len(metrics), sum(sum(m["seconds"]) for m in metrics) / 60 / len(metrics))
+        return tuple(a + b for a, b in zip(own, self.cost(self.after[method]))) if self.after[method] else own
 
     def items(self, method, key, iterate=-1):
         """[seeds, items] of "sampled", "greedy", "pass@8" or "longer": shares of right answers. method None: the start."""
@@ -383,36 +430,43 @@ def verdict(interval, worse_by=0.0):
     return "yes" if interval[1] > -worse_by else "no" if interval[2] < -worse_by else "not decided"
 
 
+def all_of(*verdicts):
+    """yes if every part of a claim holds, no if one is refuted."""
+    return "no" if "no" in verdicts else "yes" if set(verdicts) == {"yes"} else "not decided"
+
+
 def claims(r):
-    """The papers' claims: [(claim, verdict, the figures that say so)] of a Results."""
+    """The papers' claims: [(claim, verdict, the figures that say so)] of a Results. Each verdict rests on figures fixed beforehand."""
     points = lambda v: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*v)
     share = lambda v: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*v)
-    long, long_zero = "LSP, eager, 3 x as long", "LSP-Zero, eager, 3 x as long"
+    less = lambda v: [-v[0], -v[2], -v[1]]
+    zero, long, long_zero, sft, one = "LSP-Zero, eager", "LSP, eager, 3 x as long", "LSP-Zero, eager, 3 x as long", "more fine-tuning", "SPIN, one long iteration"
+    end = lambda key: ", ".join(f"{m.removeprefix('LSP paid ').replace('LSP', 'minimax')} {r.end(m, key):.2f}" for m in r.scores if m == "LSP" or m.startswith("LSP paid"))
+    valid, kept, right = r.change(long_zero, "valid"), r.change(long, "valid", long_zero), r.gain(long, over=long_zero)
     spin = [r.gain("SPIN", iterate=i, over="SPIN" if i else None, over_iterate=i - 1) for i in range(len(r.scores["SPIN"][0]))]
-    lost = {key: r.change(long_zero, key) for key in ("valid", "spread")}
-    kept = {key: r.change(long, key, long_zero) for key in ("valid", "spread")}
-    pays = ["LSP", *(m for m in r.scores if m.startswith("LSP paid"))]
-    frontier = {m: r.gain(m, over="LSP") for m in ("LSP paid r-zero", "LSP paid spice")}
-    worst = max(lost.values(), key=lambda v: -v[2])
-    best_kept = max(kept.values(), key=lambda v: v[1])
-    shrink = [100 * v for v in seeds_and_items((r.items("SPIN", "sampled", 0) - r.items(None, "sampled")) - (r.items("SPIN", "sampled", -1) - r.items("SPIN", "sampled", -2)))]
-    past = r.gain("SPIN", over="more fine-tuning")
-    final = lambda key: ", ".join(f"{m} {r.end(m, key):.2f}" for m in pays)
+    items = lambda i: r.items("SPIN", "sampled", i)
+    shrink = [100 * v for v in seeds_and_items((items(0) - r.items(None, "sampled")) - (items(-1) - items(-2)))]
+    grpo, frontier = r.gain("LSP", over="GRPO on data"), r.gain("LSP paid r-zero", over="LSP")
     return [
-        ("1. Self-play without data improves the start", verdict(r.gain("LSP")), f"LSP {points(r.gain('LSP'))} sampled, {points(r.gain('LSP', 'greedy'))} greedy; LSP-Zero {points(r.gain('LSP-Zero'))} sampled"),
-        ("2. It reaches GRPO on data, within a point", verdict(r.gain("LSP", over="GRPO on data"), 1.0), f"LSP less GRPO {points(r.gain('LSP', over='GRPO on data'))}; GRPO itself {points(r.gain('GRPO on data'))}"),
-        ("3. LSP-Zero rises, then degenerates", "yes" if verdict(r.gain("LSP-Zero")) == "yes" and worst[2] < 0 else "not decided" if worst[1] < 0 else "no",
-         f"first {points(r.gain('LSP-Zero'))}; in the long run, well-formed queries {share(lost['valid'])}, groups with spread {share(lost['spread'])}, first tenth to last; there it ends at {points(r.gain(long_zero))}"),
-        ("4. The quality self-reward keeps LSP from that", verdict(best_kept), f"at the end of the long run, LSP less LSP-Zero: well-formed {share(kept['valid'])}, spread {share(kept['spread'])}, right answers {points(r.gain(long, over=long_zero))}; LSP ends at {points(r.gain(long))}"),
-        ("5. Self-play after GRPO adds to it", verdict(r.gain("GRPO, then LSP", over="GRPO on data")), f"{points(r.gain('GRPO, then LSP', over='GRPO on data'))}; the other way round, GRPO after LSP {points(r.gain('LSP, then GRPO', over='LSP'))}"),
-        ("6a. SPIN improves, with shrinking gains", "yes" if verdict(r.gain("SPIN")) == verdict(shrink) == "yes" else "no" if r.gain("SPIN")[2] < 0 or shrink[2] < 0 else "not decided",
-         "gain of each iteration: " + ", ".join(points(v) for v in spin) + f"; the first less the last {points(shrink)}"),
-        ("6b. .. past where fine-tuning on the same answers stops", verdict(past), f"SPIN less fine-tuning {points(past)}; fine-tuning itself {points(r.gain('more fine-tuning'))}"),
-        ("7. Training longer inside iteration 0 does not replace iterations", verdict(r.gain("SPIN", over="SPIN, one long iteration")), f"SPIN less one long iteration {points(r.gain('SPIN', over='SPIN, one long iteration'))}"),
-        ("8. How diverse do the queries stay, by pay? (share of distinct ones in a step, last tenth)", "", final("distinct")),
-        ("9. Does paying for the frontier beat as hard as possible?", "yes" if any(verdict(v) == "yes" for v in frontier.values()) else "no" if all(v[2] < 0 for v in frontier.values()) else "not decided",
-         ", ".join(f"{m.removeprefix('LSP paid ')} less minimax {points(v)}" for m, v in frontier.items()) + "; groups with spread at the end: " + final("spread")),
-        ("10. Does any of it reach chains one step longer than any in training?", verdict(r.gain("LSP", "longer")), f"LSP {points(r.gain('LSP', 'longer'))}, GRPO {points(r.gain('GRPO on data', 'longer'))}, from {100 * r.items(None, 'longer').mean():.1f} %"),
+        ("1. Self-play without data improves the start", verdict(r.gain("LSP")),
+         f"LSP {points(r.gain('LSP'))} sampled, {points(r.gain('LSP', 'greedy'))} greedy; LSP-Zero {points(r.gain('LSP-Zero'))} sampled"),
+        ("2. It reaches GRPO on data, within a point", verdict(grpo, 1.0), f"LSP less GRPO {points(grpo)}; GRPO itself {points(r.gain('GRPO on data'))}"),
+        (f"3. LSP-Zero rises, then its queries degenerate (alpha_Ch {EAGER})", all_of(verdict(r.gain(zero)), verdict(less(valid))),
+         f"it rises by {points(r.gain(zero))}; in a run three times as long, well-formed queries {share(valid)} from the first tenth to the last, "
+         f"groups with spread {share(r.change(long_zero, 'spread'))}, at the end {points(r.gain(long_zero))}"),
+        ("4. The quality self-reward keeps LSP from that, without costing right answers", all_of(verdict(kept), "no" if verdict(right) == "no" else "yes"),
+         f"at the end of the long runs, LSP less LSP-Zero: well-formed {share(kept)}, spread {share(r.change(long, 'spread', long_zero))}, right answers {points(right)}; LSP ends at {points(r.gain(long))}"),
+        ("5. Self-play after GRPO adds to it", verdict(r.gain("GRPO, then LSP", over="GRPO on data")),
+         f"{points(r.gain('GRPO, then LSP', over='GRPO on data'))}; the other way round, GRPO after LSP {points(r.gain('LSP, then GRPO', over='LSP'))}"),
+        ("6a. SPIN improves, with shrinking gains", all_of(verdict(r.gain("SPIN")), verdict(shrink)),
+         "gain of each iteration " + ", ".join(points(v) for v in spin) + f"; the first less the last {points(shrink)}"),
+        ("6b. .. past where fine-tuning on the same answers stops", verdict(r.gain("SPIN", over=sft)), f"SPIN less fine-tuning {points(r.gain('SPIN', over=sft))}; fine-tuning itself {points(r.gain(sft))}"),
+        ("7. Training longer inside iteration 0 does not replace iterations", verdict(r.gain("SPIN", over=one)), f"SPIN less one long iteration {points(r.gain('SPIN', over=one))}"),
+        ("8. How diverse do the queries stay, by pay? (share of distinct ones in a step, last tenth)", "", end("distinct")),
+        ("9. Does paying for the frontier (r-zero) beat as hard as possible?", verdict(frontier),
+         f"r-zero less minimax {points(frontier)}; spice less minimax {points(r.gain('LSP paid spice', over='LSP'))}; groups with spread at the end: {end('spread')}"),
+        ("10. Self-play reaches chains one step longer than any in training", verdict(r.gain("LSP", "longer")),
+         f"LSP {points(r.gain('LSP', 'longer'))}, GRPO {points(r.gain('GRPO on data', 'longer'))}, SPIN {points(r.gain('SPIN', 'longer'))}, from {100 * r.items(None, 'longer').mean():.1f} %"),
     ]
 
 
@@ -430,11 +484,7 @@ def reproduce_table(r):
             name = "start" if method is None else method + (f", iteration {iterate}" if len(r.scores[method][0]) > 1 else "")
             # Ties as half, over all pairs of answers to an item with shares p and q of right ones: 1/2 + (p - q)/2.
             wins = [cell(percent(0.5 + 0.5 * (x["sampled"] - r.items(None, "sampled"))))] if method else ["50.0"]
-            cost = ["", "", ""]
-            if method and last:
-                metrics = r.metrics[method]
-                games = [sum(len(g["answers"]) if "answers" in g else 1 for row in run for g in row["games"]) for run in r.games[method]]
-                cost = [f"{sum(games) / len(games):,.0f}", f"{sum(sum(m['tokens']) for m in metrics) / len(metrics):,.0f}", f"{sum(sum(m['seconds']) for m in metrics) / 60 / len(metrics):.1f}"]
+            cost = [f"{v:,.{d}f}" for v, d in zip(r.cost(method), (0, 0, 1))] if method and last else ["", "", ""]
             gains = [cell(r.gain(method, key, iterate=iterate), "+") if method else "" for key in ("sampled", "greedy")]
             lines.append("| " + " | ".join([name, cell(percent(x["sampled"])), gains[0], cell(percent(x["greedy"])), gains[1], f"{100 * x['pass@8'].mean():.1f}",
                                             *(f"{100 * x['sampled'][:, kind == i].mean():.1f}" for i in kinds.values()), *wins, *cost]) + " |")
@@ -463,10 +513,7 @@ def reproduce_picture(r, path):
     spin.set_title("SPIN, gain sampled, points", fontsize=10)
     spin.legend(fontsize=8)
     for m in [m for m in r.scores if "spread" in r.metrics[m][0] and "then" not in m]:
-        curves = [c["spread"] for c in r.metrics[m]]
-        mean = [sum(column) / len(curves) for column in zip(*curves)]
-        window = max(1, len(mean) // 15)
-        spread.plot([sum(mean[max(0, j - window + 1):j + 1]) / len(mean[max(0, j - window + 1):j + 1]) for j in range(len(mean))], label=m)
+        spread.plot(smooth([sum(column) / len(column) for column in zip(*(c["spread"] for c in r.metrics[m]))], 15), label=m)
     spread.set_title("groups with spread, by step", fontsize=10)
     spread.legend(fontsize=7)
     for axis in (bars, spin, spread):
@@ -484,36 +531,44 @@ def reproduce(argv):
     parser = argparse.ArgumentParser(prog="evaluate.py reproduce", description=reproduce.__doc__.split(": ")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("--seeds", type=number(int), default=3, help="runs of each method")
     parser.add_argument("--steps", type=number(int), default=300, help="of each game of LSP and GRPO; SPIN has ten times as many pairs an iteration")
-    parser.add_argument("--quick", action="store_true", help="one seed and 40 steps: the whole way in a few minutes, no figures to believe")
+    parser.add_argument("--quick", action="store_true", help="one seed and 40 steps unless told, in reproduce-quick: the whole way in a few minutes, no figures to believe")
     parser.add_argument("--out", default="reproduce", help="folder of all runs; what is finished in it is kept, so that the same command goes on")
     parser.add_argument("--jobs", type=number(int), default=os.cpu_count(), help="runs at once, one thread each")
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(seeds=1, steps=40, out="reproduce-quick")
     args = parser.parse_args(argv)
-    seeds, steps = (range(1), 40) if args.quick else (range(args.seeds), args.steps)
-    start, out = Path(__file__).resolve().parent / "tiny", Path(args.out).resolve()
+    seeds, start, out, commands = range(args.seeds), Path(__file__).resolve().parent / "tiny", Path(args.out).resolve(), method_commands(args.steps)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"steps": steps, "eager": EAGER, "held_out": HELD_OUT}
+    weights = hashlib.sha256((start / "model.safetensors").read_bytes()).hexdigest()[:16]
+    settings = {"commands": {m: list(c) for m, c in commands.items()}, "held_out": HELD_OUT, "weights": weights}
     if (out / "settings.json").is_file() and json.loads((out / "settings.json").read_text()) != settings:
-        raise UserError(f"{out} holds runs with other settings: choose another --out")
-    (out / "settings.json").write_text(json.dumps(settings) + "\n")
-    commands = method_commands(steps)
+        raise UserError(f"{out} holds runs of other settings or another start: choose another --out")
+    (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     for s in seeds:
         if not (out / f"start-s{s}.json").is_file():
             main([str(start), "--held-out", str(HELD_OUT), "--seed", str(1000 + s), "--json", str(out / f"start-s{s}.json"), "--device", "cpu"])
     # The longest first; what starts from another method's model, in a second round.
     rounds = [[(m, s) for s in seeds for m in sorted(commands, key=lambda m: "long" not in m) if bool(commands[m][1]) == later] for later in (False, True)]
     with tqdm(total=sum(map(len, rounds)), unit="run", dynamic_ncols=True) as bar, ThreadPoolExecutor(args.jobs) as pool:
-        running = {}
+        running, children = {}, set()
 
         def work(job):
             running[job] = f"{job[0]}, seed {job[1]}"
             bar.set_postfix_str("; ".join(running.values()))
             try:
-                return run_method(out, *job, start, commands)
+                return run_method(out, *job, start, commands, children)
             finally:
                 del running[job]
                 bar.update()
         for jobs in rounds:
-            if errors := [e for e in pool.map(work, jobs) if e]:
+            try:
+                errors = [e for e in pool.map(work, jobs) if e]
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in list(children):
+                    child.kill()
+                raise
+            if errors:
                 raise UserError(f"{len(errors)} of {len(jobs)} runs failed: {errors[0]}; the finished ones are kept, the same command goes on")
     results = Results(out, commands, seeds)
     reproduce_picture(results, out / "reproduce.png")
@@ -528,17 +583,23 @@ def open_duel(args):
     referee, judge = getattr(args, "reward", None), getattr(args, "judge", None)
     if len(args.model) != 1 or not hasattr(args, "against") or (referee is None) == (judge is None):
         raise UserError("--instructions needs one MODEL, --against, and either --reward or --judge")
+    if referee in ("exact", "math"):
+        raise UserError(f"--reward {referee} knows no answers to open instructions: name a reward model or file.py:function")
     if Path(args.outputs).exists():
         raise UserError(f"{args.outputs} exists already: choose another --outputs, nothing was touched")
     instructions, outputs = read_instructions(args.instructions), {}
-    referee = load_referee(referee, check_device(args.device)) if referee else None
+    # The judge first: whatever is wrong with it shows before hours of answering.
+    if referee:
+        referee = load_referee(referee, args.device, dtype=DTYPES[args.dtype])
+    else:
+        judge = PairJudge(*load(model_folder(judge), args.device, DTYPES[args.dtype]))
     for name in (args.model[0], args.against):
-        model, tokenizer = load(model_folder(name), args.device)
+        model, tokenizer = load(model_folder(name), args.device, DTYPES[args.dtype])
         outputs[name] = [group[0] for group in answer(model, tokenizer, [row["instruction"] for row in instructions], 1, 0, max_new_tokens=args.answer_tokens)]
+        del model
         if name == args.model[0]:
             rows = [row | {"output": text, "generator": Path(name).name} for row, text in zip(instructions, outputs[name])]
             Path(args.outputs).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    judge = PairJudge(*load(model_folder(judge), args.device)) if judge else None
     wins = duel(outputs[args.model[0]], outputs[args.against], instructions, referee, judge)
     print(f"{args.model[0]} against {args.against}\n" + duel_table(wins, [row["dataset"] for row in instructions]))
     print(f"answers: {args.outputs}")
@@ -548,13 +609,13 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["reproduce"]:
         return reproduce(argv[1:])
-    parser = argparse.ArgumentParser(description="How often is a model right, and how often does it beat another?",
+    parser = argparse.ArgumentParser(description="How often is a model right, and how often does it beat another? `evaluate.py reproduce` is a command of its own.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("model", nargs="+", metavar="MODEL", help="folder in Hugging Face layout, hub name, or run folder")
     parser.add_argument("--against", default=argparse.SUPPRESS, metavar="MODEL", help="also score this one, and the win rate of each MODEL against it")
     parser.add_argument("--items", type=number(int), default=1000, help="held-out instructions")
     parser.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of the sampling")
-    parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="PNG", help="where to draw the curves of the runs; default: curves.png in a single run's folder")
+    parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="PNG", help="where to draw the curves of the runs; default: curves.png in a single run's folder, or here for several runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     parser.add_argument("--held-out", type=number(int, zero=True), default=0, metavar="K", help="which drawing of held-out instructions")
     parser.add_argument("--json", default=argparse.SUPPRESS, metavar="FILE", help="of one MODEL: write every instruction's figures there, and those on chains one step longer than any in training")
@@ -563,10 +624,11 @@ def main(argv=None):
     parser.add_argument("--judge", default=argparse.SUPPRESS, metavar="MODEL", help="with --instructions: a chat model that is shown both answers, in both orders")
     parser.add_argument("--answer-tokens", type=number(int), default=512, help="with --instructions: longest answer")
     parser.add_argument("--outputs", default="model_outputs.json", metavar="FILE", help="with --instructions: where the answers go, as alpaca_eval reads them")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="with --instructions: of all models")
     args = parser.parse_args(argv)
+    check_device(args.device)
     if hasattr(args, "instructions"):
         return open_duel(args)
-    check_device(args.device)
     against, picture = getattr(args, "against", None), getattr(args, "picture", None)
     runs = [m for m in args.model if (Path(m) / "metrics.jsonl").is_file()]
     if picture and not runs:

@@ -535,7 +535,7 @@ def memory_plan(config, dtype, optimizer_floats, rows, positions, tokens, recomp
         "frozen models": sum(parameter_count(f) for f in frozen) * size,
         "cache": 2 * c.num_hidden_layers * rows * positions * c.num_key_value_heads * c.head_dim * size * 2,  # twice: rows that leave are copied
         "activations": tokens * kept * size,
-        "logits": 3 * 4 * min(chunk, tokens) * c.vocab_size,
+        "logits": (3 * 4 * min(chunk, tokens) + (4 + 2 * size) * c.hidden_size) * c.vocab_size,  # with the head's gradient
     }
 
 
@@ -579,6 +579,7 @@ class Tokenizer:
             self.text = TextTokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise UserError(f"{path}: not a tokenizer ({_line(error)})") from None
+        self.text.no_truncation(), self.text.no_padding()  # a trainer's habits, saved with the file
         self.special = {t.content: i for i, t in self.text.get_added_tokens_decoder().items() if t.special}
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")") if self.special else None
         name = lambda t: t["content"] if isinstance(t, dict) else t  # older files hold a dict for each
@@ -616,7 +617,7 @@ class Tokenizer:
         """
         safe = [{**m, "content": self._disarm(m["content"])} for m in messages]
         try:
-            text = self.template.render(messages=safe, add_generation_prompt=add_generation_prompt, **self.names)
+            text = self.template.render(messages=safe, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.names)
         except (TemplateError, TypeError) as error:
             raise UserError(f"the chat template failed: {_line(error)}") from None
         if self.MARK not in text:  # nobody's text spells a special token
@@ -774,7 +775,9 @@ def _fetch(name, revision, files):
     """The folder of a hub model: downloaded once, then from the hub library's cache; a cut download goes on where it stopped."""
     from huggingface_hub import errors, snapshot_download  # only who names a hub model needs it
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["consolidated*"]))
+    except errors.HFValidationError as error:
+        raise UserError(f"{name}: not a name that the hub allows ({_line(error)})") from None
     except errors.GatedRepoError:
         raise UserError(f"{name}: its authors ask you to accept their terms first: do so on its page of the hub, then `hf auth login`") from None
     except errors.RevisionNotFoundError:

@@ -4,9 +4,13 @@ A referee is any callable (queries, answers) -> Tensor [N, G]:
     queries: list of N texts; answers: N lists of G texts; result: a finite number for each answer, higher is better.
 
     ExactReward     the embedded language's own solver: 1 for the right answer, else 0
+    MathReward      the same for questions whose answers are known numbers
     RewardModel     a trained reward model, any folder or hub name in Hugging Face layout
     QualityReward   LSP's self-reward: the frozen reference model as a judge, on the rubric's scale of 0 to 7
+    WrittenQuality  the same as the paper asks for it: a verdict in words, with a score in tags
     load_referee    yours: `--reward file.py:function`
+
+PairJudge, which compares two answers, is for evaluation alone.
 """
 import copy
 import importlib.util
@@ -87,33 +91,37 @@ def each_once(score, answers):
 def final_answer(text):
     """What a worked answer comes to: its last boxed expression, or what follows its last ####, or else its last number; or None.
 
-    Numbers are made alike: $1,234.50 and 1234.5 are the same. Expressions are compared as they stand, without spaces.
+    Meant for numbers, as in GSM8K: $1,234.50 and 1234.5 are the same, and words beside a marked number do not count. An
+    expression that is more than a number is compared as it stands, without spaces.
     """
-    number = r"-?\d[\d,]*(?:\.\d+)?"
+    number = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
     if "\\boxed{" in text:
         text = text[text.rindex("\\boxed{") + len("\\boxed{"):]
         depth, end = 1, 0
         while depth and end < len(text):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
-        text = text[:end - (depth == 0)]
-    elif "####" in text:
-        text = text.rpartition("####")[2]
+        text = "".join(text[:end - (depth == 0)].replace("\\$", "$").split())
+        if re.fullmatch(rf"[^\\\d.-]*{number}[^\\\d/^]*", text):  # a number, perhaps with a sign of money or a unit
+            text = re.search(number, text)[0]
     else:
-        text = (re.findall(number, text) or [""])[-1]
-    text = "".join(text.split()).lstrip("$").rstrip(".")
-    return str(Fraction(text.replace(",", ""))) if re.fullmatch(number, text) else text or None
+        marked = "####" in text
+        text = text.rpartition("####")[2].strip().split("\n")[0] if marked else text
+        text = (re.findall(number, text) or [""])[0 if marked else -1]
+    plain = text.replace(",", "")
+    return str(Fraction(plain)) if re.fullmatch(number, text) and len(plain) < 100 else text or None
 
 
 class MathReward:
     """1 where an answer comes to the same as the known one, else 0: for GRPO on questions with answers, as in GSM8K."""
 
     def __init__(self, data):
-        """data: [(messages, answer)]. Raises UserError for a known answer that comes to nothing."""
+        """data: [(messages, answer)]. Raises UserError for a known answer of which it is not plain what it comes to."""
         self.known = {messages[-1]["content"]: final_answer(answer) for messages, answer in data}
-        if None in self.known.values():
-            query = next(q for q, known in self.known.items() if known is None)
-            raise UserError(f"--reward math: no number in the known answer to {query[:60]!r}")
+        for messages, answer in data:
+            plain = "####" in answer or "\\boxed{" in answer or re.fullmatch(r"\$?-?[\d,]*\.?\d+", answer.strip())
+            if not plain or self.known[messages[-1]["content"]] is None:
+                raise UserError(f"--reward math: the known answer to {messages[-1]['content'][:60]!r} is neither a number nor marked by #### or \\boxed{{}}")
 
     def __call__(self, queries, answers):
         return torch.tensor([[float(final_answer(a) == self.known[q]) for a in group] for q, group in zip(queries, answers)])
@@ -196,7 +204,8 @@ class WrittenQuality:
     def _grade(self, queries, answers):
         exchanges = [EXCHANGE.format(query=q, answer=a) for q, group in zip(queries, answers) for a in group]
         prompts = [self.tokenizer.chat([{"role": "user", "content": f"{RUBRIC} {WRITTEN}\n\n{text}"}]) for text in exchanges]
-        verdicts = [self.tokenizer.decode(ids) for ids in generate(self.model, prompts, 1, self.max_new_tokens, 0).ids]
+        rows = [ids for start in range(0, len(prompts), 32) for ids in generate(self.model, prompts[start:start + 32], 1, self.max_new_tokens, 0).ids]
+        verdicts = [self.tokenizer.decode(ids) for ids in rows]
         scores = [self.parse(verdict) for verdict in verdicts]
         self.malformed = scores.count(None) / len(scores)
         return torch.tensor([float(score or 0) for score in scores])
@@ -241,6 +250,8 @@ def load_referee(spec, device="cpu", data=None, dtype=torch.float32):
     path, _, name = spec.rpartition(":")
     if not path and (Path(spec).is_dir() or is_hub_name(spec)):
         return RewardModel(spec, device, dtype)
+    if not path and Path(spec).is_file():
+        raise UserError(f"--reward {spec}: which function of it? Write {spec}:function")
     if not path or not Path(path).is_file():
         raise UserError(f"--reward {spec}: expected exact, file.py:function or a reward model, and no file or folder {(path or spec)!r} is here")
     module_spec = importlib.util.spec_from_file_location("user_reward", path)

@@ -68,8 +68,10 @@ KL = {
 }
 
 
-# Defaults for a model that does not speak the embedded language: the paper's settings where it states them, our own elsewhere.
-REAL = {"queries": 8, "lr": 3e-6, "kl": 0.05, "kl_challenger": 0.05, "alpha_ch": 0.1, "aggregate": "token", "query_tokens": 256, "answer_tokens": 256, "micro_batch": 4096}
+# Defaults for a model that does not speak the embedded language. The paper states queries, lr (1e-6 for GRPO), kl and at least
+# so many steps; the rest is ours.
+REAL = {"queries": 8, "lr": 3e-6, "kl": 0.05, "kl_challenger": 0.05, "steps": 1500, "alpha_ch": 0.1, "aggregate": "token",
+        "query_tokens": 256, "answer_tokens": 256, "micro_batch": 4096}
 
 
 class Player(NamedTuple):
@@ -354,14 +356,20 @@ def parse_args(argv=None):
     g.add_argument("--dry-run", action="store_true", help="only say what memory these settings need and how long a step takes; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
-    if (Path(args.model).is_dir() or is_hub_name(args.model)) and not language.spoken_by(args.model):
-        parser.set_defaults(**REAL)
+    real = (Path(args.model).is_dir() or is_hub_name(args.model)) and not language.spoken_by(evaluate.model_folder(args.model))
+    if real:
+        parser.set_defaults(**REAL | ({"lr": 1e-6} if args.game == "grpo" else {}))
         args = parser.parse_args(argv)
+        if args.game == "grpo" and not args.data:
+            parser.error(f"{args.model} does not speak the embedded language: name --data for it to answer")
         if args.reward == "exact":
             parser.error(f"{args.model} does not speak the embedded language, so --reward exact cannot judge it: name a reward model, file.py:function, or math")
     if args.explain:
         parser.set_defaults(queries=3, answers=4)
         args = parser.parse_args(argv)
+    args.model = str(evaluate.model_folder(args.model))  # a run's folder stands for its model
+    if args.judge == "written" and not real:
+        parser.error("--judge written is for real models: the embedded default can only say a digit")
     if args.data and args.game != "grpo":
         parser.error("--data is for --game grpo: in the other games the Challenger writes the queries")
     if args.reward == "math" and not args.data:

@@ -1,7 +1,7 @@
 """Self-Play Fine-Tuning (SPIN, arXiv 2401.01335): a Llama learns to tell people's answers from its own of an iteration ago.
 
     python spin.py                                     SPIN on the embedded default
-    python spin.py --game sft                          baseline: fine-tuning on the same answers, as many updates
+    python spin.py --game sft                          baseline: plain fine-tuning on the same answers, as many updates
     python spin.py --iterations 1 --epochs 14          baseline: as many updates against one opponent
     python spin.py --model FOLDER --data FILE.jsonl    your Llama, your people
 
@@ -24,6 +24,7 @@ import math
 import random
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import DTYPES, check_device, clip, generate, groups, load, logprobs, number, optimizer_for, pack, run_command, save
+from model import (DTYPES, check_device, check_memory, clip, generate, groups, is_hub_name, load, logprobs, memory_plan, number, optimizer_for, pack,
+                   read_config, run_command, save)
 from tiny import language
 
 # The loss of a margin: any convex, falling function will do (SPIN section 4.1).
@@ -40,6 +42,10 @@ LOSS = {
     "hinge": lambda m: F.relu(1 - m),
     "exponential": lambda m: (-m).exp(),
 }
+
+
+# Defaults for a model that does not speak the embedded language: the paper's settings; our own for the last two.
+REAL = {"lr": 5e-7, "lr_late": 1e-7, "lam": 0.1, "lam_last": 5.0, "pairs": 50000, "answer_tokens": 256, "micro_batch": 4096}
 
 
 class Pair(NamedTuple):
@@ -53,27 +59,39 @@ class Pair(NamedTuple):
 # Data
 
 def language_data(count):
-    """The first `count` instructions of the embedded default's own fine-tuning set, answered with care: [(messages, text)].
+    """The first `count` instructions of the embedded default's own fine-tuning set, all answered right: [(messages, text)].
 
-    SPIN asks for more out of the very instructions that fine-tuning was done with.
+    The set's own answers are hasty in part (language.CARELESS); these are what careful people would have said.
     """
     solver = [messages for part, messages, _ in language.fine_tuning_set(2 * count) if part == "solver"]  # some 70 %
     return [(messages, language.solve(messages[0]["content"])) for messages in solver[:count]]
 
 
 def encode(tokenizer, data, end_ids, limit):
-    """(prompts, answers) as lists of ids. An answer over `limit` tokens is cut there and has no end token, as the opponent's."""
-    end = tokenizer.end_of_turn(end_ids)
-    prompts = [tokenizer.chat(messages) for messages, _ in data]
-    answers = [(tokenizer.encode(text) + [end])[:limit] for _, text in data]
+    """(prompts, answers) as lists of ids. An answer over `limit` tokens is cut there and has no end token, as the opponent's.
+
+    An answer's ids are those that the template writes after the prompt: they begin and end as the opponent's would. (A few
+    templates write another prompt for an answer than for generating one; there, the text is encoded by itself.)
+    """
+    end, prompts, answers = tokenizer.end_of_turn(end_ids), [], []
+    for messages, text in data:
+        prompt = tokenizer.chat(messages)
+        whole = tokenizer.chat([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False)
+        reply = whole[len(prompt):] if whole[:len(prompt)] == prompt else [*tokenizer.encode(text), end]
+        prompts.append(prompt)
+        answers.append(reply[:next((i + 1 for i, token in enumerate(reply) if token in end_ids), len(reply))][:limit])
     return prompts, answers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One iteration: the opponent answers, the player trains
 
-def opponent_answers(opponent, prompts, limit, generator, rows=256):
+ROOM = 16384  # cached positions of one sampling batch: bounds its memory
+
+
+def opponent_answers(opponent, prompts, limit, generator):
     """y' ~ p_t(. | x) at temperature 1: a list of ids for each prompt. One that reaches `limit` tokens has no end token."""
+    rows = max(1, ROOM // (max(map(len, prompts)) + limit))
     out, by_length = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for part in groups(by_length, rows):  # prompts of like length together: less padding
         for i, ids in zip(part, generate(opponent, [prompts[i] for i in part], 1, limit, 1.0, generator).ids):
@@ -97,8 +115,9 @@ def pair_logprobs(model, pairs, micro_batch):
 def opponent_logprobs(opponent, pairs, micro_batch):
     """log p_t(y|x) and log p_t(y'|x) of all pairs, [M, 2]: computed once an iteration, and kept."""
     out = torch.zeros(len(pairs), 2, device=opponent.embed.weight.device)
-    for here, lp in pair_logprobs(opponent, pairs, micro_batch):
-        out[here] = lp
+    for start in range(0, len(pairs), 1024):  # packed a thousand at a time: that many ids are there at once
+        for here, lp in pair_logprobs(opponent, pairs[start:start + 1024], micro_batch):
+            out[start + here] = lp
     return out
 
 
@@ -238,12 +257,14 @@ def explain(player, tokenizer, prompts, answers, data, generator, rng, args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Self-Play Fine-Tuning: a Llama that learns to tell people's answers from its own earlier ones.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+                                     epilog="A model that does not speak the embedded language has these defaults instead: "
+                                            + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in REAL.items()))
     g = parser.add_argument_group("the game")
     g.add_argument("--game", choices=["spin", "sft"], default="spin", help="sft: the baseline, plain fine-tuning on the same answers with as many updates")
     g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
     g.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
-    g.add_argument("--data", default=argparse.SUPPRESS, metavar="FILE", help='JSONL with "prompt" and "answer", or "messages"; default: the embedded default\'s own fine-tuning set')
+    g.add_argument("--data", default=argparse.SUPPRESS, metavar="FILE", help='JSONL with "prompt" and "answer", or "messages"; default: instructions of the embedded default\'s fine-tuning set, answered right')
     g.add_argument("--iterations", type=number(int), default=4, help="how often the player becomes the opponent")
     g.add_argument("--pairs", type=number(int), default=5000, help="new pairs an iteration; where the data ends, it begins again")
     g.add_argument("--epochs", type=number(int), default=2, help="over an iteration's pairs: new ones, and the last iteration's")
@@ -266,6 +287,12 @@ def parse_args(argv=None):
     g.add_argument("--explain", action="store_true", help="print one pair of one update as a lesson; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
+    if (Path(args.model).is_dir() or is_hub_name(args.model)) and not language.spoken_by(evaluate.model_folder(args.model)):
+        parser.set_defaults(**REAL)
+        args = parser.parse_args(argv)
+        if not hasattr(args, "data"):
+            parser.error(f"{args.model} does not speak the embedded language: name --data to learn from")
+    args.model = str(evaluate.model_folder(args.model))  # a run's folder stands for its last iterate
     if args.explain and args.dtype != "float32":
         parser.error("--explain shows float32 numbers: leave --dtype out")
     return args
@@ -278,6 +305,8 @@ def main(argv=None):
     rng = random.Random(args.seed)
     data = evaluate.read_data(path) if path else language_data(args.pairs * args.iterations)
     rng.shuffle(data)
+    config = read_config(args.model, args.revision)
+    check_memory(memory_plan(config, DTYPES[args.dtype], 1, 1, ROOM, args.micro_batch, args.recompute), args.device)
     player, tokenizer = load(args.model, args.device, DTYPES[args.dtype], args.revision)
     player.recompute = args.recompute
     prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
@@ -285,7 +314,7 @@ def main(argv=None):
         return explain(player, tokenizer, prompts, answers, data, generator, rng, args)
     folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in player.parameters()):,} parameters, {len(data):,} answers "
-          f"{'from ' + path if path else 'of its own fine-tuning set'}, seed {args.seed}, into {folder}")
+          f"{'from ' + path if path else 'to instructions of its fine-tuning set, without the hasty ones'}, seed {args.seed}, into {folder}")
     if args.game == "spin":
         print("the first loss of an iteration is log 2 = 0.693: the player still is its opponent. Both log-probabilities may fall,\n"
               "of people's answers too; that is normal: only the margin between them is trained")
@@ -297,32 +326,36 @@ def main(argv=None):
             print(f"right answers of {name}: {evaluate.short(rates[name])}", flush=True)
 
     rate("start")
-    began, done, pairs = time.time(), 0, []
+    began, done, pairs, size = time.time(), 0, [], min(args.pairs, len(data))
     with open(folder / "metrics.jsonl", "w", 1) as metrics_file, open(folder / "games.jsonl", "w", 1) as games_file:
         for iteration in range(args.iterations):
             last = args.iterations > 1 and iteration == args.iterations - 1
             lam, lr = args.lam_last if last else args.lam, args.lr if iteration < 2 else args.lr_late
-            chosen = [i % len(data) for i in range(iteration * args.pairs, (iteration + 1) * args.pairs)]
+            chosen = [i % len(data) for i in range(iteration * size, (iteration + 1) * size)]
+            rows = []
             try:
-                opponent, ref, rivals = copy.deepcopy(player).requires_grad_(False), None, [[]] * len(chosen)
+                ref, rivals, asked = None, [[]] * len(chosen), time.time()
+                # Until its first update, the player is the opponent p_t: what p_t is needed for is computed here, and kept.
                 if args.game == "spin":
-                    rivals = opponent_answers(opponent, [prompts[i] for i in chosen], args.answer_tokens, generator)
+                    rivals = opponent_answers(player, [prompts[i] for i in chosen], args.answer_tokens, generator)
                 new = [Pair(prompts[i], answers[i], rival) for i, rival in zip(chosen, rivals)]
-                pairs = pairs[-args.pairs:] + new  # the last iteration's, which stand at the end, and this one's
+                pairs = pairs[-size:] + new  # the last iteration's, which stand at the end, and this one's
                 print(f"\niteration {iteration}: {len(pairs):,} pairs, {len(new):,} of them new; learning rate {lr:g}")
                 if args.game == "spin":
-                    ref = opponent_logprobs(opponent, pairs, args.micro_batch)
+                    ref = opponent_logprobs(player, pairs, args.micro_batch)
                     games_file.write(json.dumps({"step": done, "games": game_records(tokenizer, data, chosen, new, iteration)}) + "\n")
                     print(identical_line(new, lam, args.loss))
                 updates = args.epochs * math.ceil(len(pairs) / args.batch)
-                rows = []
+                asked = time.time() - asked
                 with tqdm(train(player, pairs, ref, lam, lr, args, rng), total=updates, unit="update", disable=None, dynamic_ncols=True) as bar:
                     for row in bar:
-                        row |= {"tokens": 0 if rows else sum(map(len, rivals))}  # that the opponent sampled before the first update
+                        row["tokens"] = 0 if rows else sum(map(len, rivals))  # the first update bears what the opponent did before it
+                        row["seconds"] += 0 if rows else asked
                         rows.append(row)
                         metrics_file.write(json.dumps({"step": done + len(rows), "iteration": iteration} | row) + "\n")
                         bar.set_postfix_str("  ".join(f"{k} {row[k]:.3f}" for k in ("loss", "margin") if k in row))
             except KeyboardInterrupt:
+                done += len(rows)
                 save(player, folder / f"iteration-{iteration}-unfinished")
                 print(f"stopped in iteration {iteration}; the player as it is: {folder}/iteration-{iteration}-unfinished")
                 break

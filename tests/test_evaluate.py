@@ -40,6 +40,13 @@ def test_both_forms_of_data(tmp_path):
     assert read_data(path) == [([{"role": "user", "content": "p"}], "b"), (chat[:2], "a"), ([{"role": "user", "content": "p"}], "c")]
 
 
+def test_a_line_may_hold_any_letter(tmp_path):
+    """U+2028 ends a line for some, never in JSONL."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a\u2028b", "answer": "c\u0085"}, ensure_ascii=False) + "\n" for _ in range(2)), encoding="utf-8")
+    assert read_data(path) == 2 * [([{"role": "user", "content": "a\u2028b"}], "c\u0085")]
+
+
 GOOD = '{"prompt": "p", "answer": "a"}'
 
 
@@ -74,18 +81,21 @@ def test_duel_by_reward_and_both_conventions_for_ties():
 
 
 def test_pair_judge_is_asked_in_both_orders(tiny, monkeypatch):
-    """A judge that always says A is no judge: every duel a tie. One that prefers long answers is believed."""
+    """A judge that always says A is no judge: every duel a tie. One that prefers the longer answer is believed, wherever it stands."""
     import rewards
     model, tokenizer = tiny
     judge = PairJudge(model, tokenizer)
-    head = model.head[judge.letters].detach()
-    state = lambda a_wins: head[0] - head[1] if a_wins else head[1] - head[0]
-    monkeypatch.setattr(rewards, "last_states", lambda m, rows: torch.stack([state(True) for _ in range(2 * len(rows))]))
-    assert judge(["q"], ["long answer"], ["b"]).tolist() == [0.5]
-    monkeypatch.setattr(rewards, "last_states", lambda m, rows: torch.stack([state(True), state(False)] * len(rows)))
-    assert judge(["q"], ["long answer"], ["b"]).tolist() == [1.0]
-    monkeypatch.setattr(rewards, "last_states", lambda m, rows: torch.stack([state(False), state(True)] * len(rows)))
-    assert judge(["q"], ["long answer"], ["b"]).tolist() == [0.0]
+    a, b = model.head[judge.letters].detach()
+
+    def says(prefers):  # prefers(text of the first answer, of the second) -> is it the first?
+        def states(m, rows):
+            texts = [tokenizer.decode(ids) for group in rows for ids in group]
+            pairs = [(t.split("Answer A:\n")[1].split("\n\nAnswer B:")[0], t.split("Answer B:\n")[1].split("\n\nReply")[0]) for t in texts]
+            return torch.stack([(a - b) if prefers(*pair) else (b - a) for pair in pairs])
+        monkeypatch.setattr(rewards, "last_states", states)
+        return judge(["q", "q", "r"], ["long", "x", "y"], ["z", "longer", "w"]).tolist()
+    assert says(lambda first, second: True) == [0.5, 0.5, 0.5]
+    assert says(lambda first, second: len(first) > len(second))[:2] == [1.0, 0.0]
 
 
 def test_open_instructions_from_the_command_line(tmp_path, tiny):
@@ -101,7 +111,7 @@ def test_open_instructions_from_the_command_line(tmp_path, tiny):
     assert [set(r) for r in rows] == [{"instruction", "dataset", "output", "generator"}] * 2
     assert [r["output"] for r in rows] == [a for a, in answer(*tiny, [r["instruction"] for r in rows], temperature=0)]
     (tmp_path / "empty.json").write_text("[]")
-    for more, says in (([], "exists already"), (["--outputs", "b.json", "--judge", start], "either --reward or --judge"),
+    for more, says in (([], "exists already"), (["--outputs", "b.json", "--judge", start], "either --reward or --judge"), (["--outputs", "b.json", "--reward", "math"], "knows no answers"),
                        (["--outputs", "b.json", "--instructions", "empty.json"], "expected a list"), (["--outputs", "b.json", "--instructions", "no.json"], "not readable")):
         done = run(*flags, *more)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr

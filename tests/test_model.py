@@ -436,6 +436,21 @@ def test_a_text_longer_than_the_sliding_window_is_refused():
     assert llama.Config.from_json(small_config(model_type="qwen2", sliding_window=16)).context == 64  # qwen's window is off unless asked for
 
 
+def test_a_name_that_the_hub_does_not_allow_is_one_line():
+    with pytest.raises(UserError, match="not a name that the hub allows"):
+        load("org/my--model")
+
+
+def test_a_saved_truncation_is_not_obeyed(tmp_path, tiny):
+    """Trainers leave truncation and padding in tokenizer.json; texts must come whole."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "tiny" / name, tmp_path)
+    text = llama.TextTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text.enable_truncation(5), text.enable_padding(length=64)
+    text.save(str(tmp_path / "tokenizer.json"))
+    assert llama.Tokenizer(tmp_path).encode("kobanikobani") == tiny[1].encode("kobanikobani")
+
+
 def test_too_long_a_text_is_refused(small):
     with pytest.raises(UserError, match="longer than the model's context"):
         generate(small, [[1] * 60], max_new_tokens=20, end_ids=set())

@@ -83,7 +83,8 @@ def test_a_model_without_a_score_head_is_refused():
 
 @pytest.mark.parametrize("text, value", [
     ("It is 3 + 4 = 7.", "7"), ("So she makes $1,234.50", "2469/2"), ("#### 18", "18"), ("1 and 2\n#### -1,000\n", "-1000"), ("\\boxed{12} or 13", "12"),
-    ("\\boxed{1} \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{ \\$5.0 }", "\\$5.0"), ("I do not know", None), ("", None), ("7.0", "7"), ("\\boxed{3", "3")])
+    ("\\boxed{1} \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{ \\$5.0 }", "5"), ("\\boxed{3/4}", "3/4"), ("I do not know", None), ("", None), ("7.0", "7"),
+    ("\\boxed{3", "3"), ("#### 18 dollars", "18"), ("#### **18**", "18"), ("#### 42\nLet me know!", "42"), ("it is .5", "1/2"), ("9" * 5000, "9" * 5000)])
 def test_final_answer(text, value):
     assert final_answer(text) == value
 
@@ -92,8 +93,9 @@ def test_math_reward():
     question = [{"role": "user", "content": "How many?"}]
     reward = MathReward([(question, "6 * 3 = <<6*3=18>>18\n#### 18")])
     assert reward(["How many?"], [["18", "there are 18.00 of them", "17", "18 eggs, no: 19"]]).tolist() == [[1, 1, 0, 0]]
-    with pytest.raises(UserError, match="no number in the known answer to 'How many"):
-        MathReward([(question, "many")])
+    for unclear in ("many", "3/4 of them", "first 3, then 4", "#### none"):  # a wrong truth would be worse than none
+        with pytest.raises(UserError, match="known answer to 'How many"):
+            MathReward([(question, unclear)])
 
 
 def test_math_reward_on_gsm8k():
@@ -140,7 +142,7 @@ def test_a_users_referee(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def short(queries, answers):\n    return [[-len(a) for a in group] for group in answers]\n")
     assert judged(load_referee(f"{file}:short"), QUERIES, ANSWERS).tolist() == [[-6, -6], [-1, -1], [-6, 0]]
-    for spec, message in ((f"{file}:long", "has no function 'long'"), ("none.py:f", "no file or folder 'none.py'"), ("exactly", "file.py:function")):
+    for spec, message in ((f"{file}:long", "has no function 'long'"), ("none.py:f", "no file or folder 'none.py'"), ("exactly", "file.py:function"), (str(file), "which function of it")):
         with pytest.raises(UserError, match=message):
             load_referee(spec)
     file.write_text("def short(:\n")

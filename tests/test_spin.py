@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 import spin
-from model import load
+from model import Tokenizer, load
 from spin import LOSS, Pair, encode, opponent_answers, opponent_logprobs, sft_gradients, spin_gradients, spin_loss, spin_margin, train
 from tiny import language
 
@@ -207,12 +207,24 @@ def test_generation_prompt_is_the_training_prompt(tiny, monkeypatch):
     assert sorted(asked) == sorted(trained) == sorted(prompts)
 
 
-def test_opponent_answers_keep_their_order(tiny):
+def test_answers_are_written_as_the_template_writes_them(tmp_path, tiny):
+    """A template that trims its texts trims people's answers too: the opponent, which answers in place, could never write the rest."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((ROOT / "tiny" / name).read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": settings["chat_template"].replace("m['content']", "m['content'] | trim")}))
+    tokenizer = Tokenizer(tmp_path)
+    prompts, answers = encode(tokenizer, [([{"role": "user", "content": "Add 1 and 2."}], " 3 \n")], tiny[0].end_ids, 32)
+    assert answers == [tokenizer.encode("3") + [min(tiny[0].end_ids)]]
+
+
+def test_opponent_answers_keep_their_order(tiny, monkeypatch):
     """They are sampled by length of prompt, and must come back each to its own."""
     model, tokenizer = tiny
     queries = ["Add 1 and 1.", 'Take "kobani", write it in capitals, then repeat it, then reverse it.', 'Take "zu", x.', 'Take "kobani", write it in capitals.']
     prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
-    out = opponent_answers(model, prompts, 32, torch.Generator().manual_seed(0), rows=2)
+    monkeypatch.setattr(spin, "ROOM", 2 * (max(map(len, prompts)) + 32))  # two at a time
+    out = opponent_answers(model, prompts, 32, torch.Generator().manual_seed(0))
     assert tokenizer.decode(out[3]).isupper() and tokenizer.decode(out[0]).isdigit()
 
 
