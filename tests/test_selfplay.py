@@ -311,7 +311,7 @@ def test_a_real_llama_plays(tmp_path, real_llama):
     assert settings["lr"] == 3e-6 and settings["kl"] == settings["kl_challenger"] == 0.05 and settings["queries"] == 2
     assert 0 < read("lsp")["quality"] < 1 and read("written")["malformed"] == 1 and read("written")["quality"] == 0
     assert read("grpo")["reward"] == 0 and (tmp_path / "runs" / "grpo" / "model" / "model.safetensors").is_file()
-    for flags, says in (([], "does not speak the embedded language"), (["--game", "lsp", "--reward", "mine.py:short", "--data", "sums.jsonl"], "--data is for"), (["--game", "grpo", "--reward", "math"], "from --data alone")):
+    for flags, says in (([], "does not speak the embedded language"), (["--game", "lsp", "--reward", "mine.py:short", "--data", "sums.jsonl"], "--data is for"), (["--game", "grpo", "--reward", "math"], "name --data")):
         done = run(tmp_path, *small, *flags, expect=2)
         assert says in done.stderr and "Traceback" not in done.stderr
 
@@ -327,7 +327,7 @@ def test_challenger_prompt_has_its_two_variables(real_llama):
     (["--steps", "0"], "not above zero"), (["--steps", "-3"], "not above zero"), (["--lr", "nan"], "not above zero"), (["--queries", "many"], "not a whole number"),
     (["--kl", "-1"], "not zero or more"), (["--game", "chess"], "invalid choice"), (["--step", "3"], "unrecognized"), (["--model", "nowhere"], "no such model folder"),
     (["--reward", "gone.py:f"], "no file or folder 'gone.py'"), (["--reward", "mine.py:absent"], "has no function"), (["--reward", "mine.py:nan"], "NaN"),
-    (["--reward", "mine.py:flat"], "shape"), (["--run", "taken"], "exists already"), (["--judge", "written"], "is for real models"), (["--run", "../away"], "not a plain folder name"), (["--device", "abacus"], "no such device")])
+    (["--reward", "mine.py:flat"], "shape"), (["--run", "taken"], "exists already"), (["--judge", "written"], "is for real models"), (["--reward", "math"], "from --data alone"), (["--run", "../away"], "not a plain folder name"), (["--device", "abacus"], "no such device")])
 def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
     (tmp_path / "mine.py").write_text("def nan(q, a):\n    return [[float('nan')] * len(g) for g in a]\ndef flat(q, a):\n    return [0.0]\n")
     (tmp_path / "runs" / "taken").mkdir(parents=True)
