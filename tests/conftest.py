@@ -1,4 +1,7 @@
 """What all tests share: the repository on the path, a small random Llama, and the committed tiny one."""
+import contextlib
+import io
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +20,17 @@ import model as llama  # noqa: E402
 def tiny():
     """(model, tokenizer) as committed; tests that change weights load their own."""
     return llama.load(ROOT / "tiny")
+
+
+def command(module, folder, *flags):
+    """A module's command in a folder, as from the command line but in this process: a CompletedProcess. Saves the start of one."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = llama.run_command(lambda: module.main(list(flags)))
+        except SystemExit as stop:  # argparse's
+            code = stop.code
+    return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
 
 def small_config(**changes):

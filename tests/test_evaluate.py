@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command
 
+import evaluate
 from evaluate import answer, bootstrap, duel, duel_table, new_run, read_data, summary, wilson, win_rate
 from model import UserError
 from rewards import PairJudge
@@ -103,7 +104,7 @@ def test_open_instructions_from_the_command_line(tmp_path, tiny):
     (tmp_path / "set.json").write_text(json.dumps([{"instruction": "Add 1 and 2.", "dataset": "sums"}, {"instruction": 'Take "abc", repeat it.', "dataset": "words"}]))
     (tmp_path / "mine.py").write_text("def long(queries, answers):\n    return [[len(a) for a in group] for group in answers]\n")
     start = str(ROOT / "tiny")
-    run = lambda *flags: subprocess.run([sys.executable, str(ROOT / "evaluate.py"), start, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = lambda *flags: command(evaluate, tmp_path, start, *flags)
     flags = ["--against", start, "--instructions", "set.json", "--reward", "mine.py:long", "--answer-tokens", "20"]
     done = run(*flags)
     assert done.returncode == 0 and "sums (n=1)" in done.stdout and "overall (n=2)" in done.stdout and "100.0%" in done.stdout, done.stderr
@@ -132,10 +133,18 @@ def test_the_start_has_room_to_grow(tiny):
 
 
 def test_command_line(tmp_path):
-    run = lambda *flags: subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    done = run(str(ROOT / "tiny"), "--against", str(ROOT / "tiny"), "--items", "30")
+    start = str(ROOT / "tiny")
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), start, "--against", start, "--items", "30"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "win rate" in done.stdout and "greedy" in done.stdout, done.stderr
     assert "50.0 % [50.0, 50.0]" not in done.stdout  # even the same model meets itself with other luck
-    for flags in (["nowhere"], [str(ROOT / "tiny"), "--items", "0"], ["--wrong"], [str(ROOT / "tiny"), "--picture", "x.png"], [str(ROOT / "tiny"), "--seed", "-1"]):
-        done = run(*flags)
-        assert done.returncode == 2 and "Traceback" not in done.stderr
+    for flags in (["nowhere"], [start, "--items", "0"], ["--wrong"], [start, "--picture", "x.png"], [start, "--seed", "-1"]):
+        done = command(evaluate, tmp_path, *flags)
+        assert done.returncode == 2 and len(done.stderr.strip()) > 0
+
+
+def test_figures_of_every_instruction(tmp_path):
+    """--json: what `reproduce` reads; the means of its items are the table's."""
+    done = command(evaluate, tmp_path, str(ROOT / "tiny"), "--items", "30", "--held-out", "1", "--json", "x.json")
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert done.returncode == 0 and len(figures["kinds"]) == len(figures["items"]["sampled"]) == 30 and len(figures["items"]["longer"]) == 300
+    assert sum(figures["items"]["sampled"]) / 30 == pytest.approx(figures["scores"]["all"]["sampled"][0], abs=1e-6)

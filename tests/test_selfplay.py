@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, small_config
+from conftest import ROOT, SHARED, command, small_config
 
 import selfplay
 from model import Config, Llama, generate, groups, load, logprobs, pack, save
@@ -210,15 +210,16 @@ def test_the_sampled_ids_are_the_trained_ids(tiny):
 # The command line
 
 def run(tmp_path, *flags, expect=0):
-    done = subprocess.run([sys.executable, str(ROOT / "selfplay.py"), "--eval-items", "20", "--device", "cpu", *flags],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = command(selfplay, tmp_path, "--eval-items", "20", "--device", "cpu", *flags)
     assert done.returncode == expect, done.stderr
     return done
 
 
 @pytest.mark.parametrize("game", ["lsp", "lsp-zero", "grpo"])
 def test_two_steps_of_the_real_command(tmp_path, game):
-    done = run(tmp_path, "--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "4", "--answers", "3", "--eval-items", "20", "--game", game)
+    done = subprocess.run([sys.executable, str(ROOT / "selfplay.py"), "--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "4", "--answers", "3",
+                           "--eval-items", "20", "--device", "cpu", "--game", game], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / f"{game}-1"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     games = [json.loads(line) for line in (folder / "games.jsonl").read_text().splitlines()]

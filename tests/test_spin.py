@@ -12,8 +12,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command
 
+import evaluate
 import spin
 from model import Tokenizer, load
 from spin import LOSS, Pair, encode, opponent_answers, opponent_logprobs, sft_gradients, spin_gradients, spin_loss, spin_margin, train
@@ -250,7 +251,7 @@ def test_the_default_data_is_the_start_s_own(tiny):
 # The command
 
 def run(folder, *flags):
-    return subprocess.run([sys.executable, str(ROOT / "spin.py"), "--model", str(ROOT / "tiny"), *flags], cwd=folder, capture_output=True, text=True, timeout=120)
+    return command(spin, folder, "--model", str(ROOT / "tiny"), "--device", "cpu", *flags)
 
 
 SHORT = ("--pairs", "40", "--batch", "16", "--epochs", "1", "--eval-items", "20", "--lr", "3e-4")
@@ -259,7 +260,8 @@ SHORT = ("--pairs", "40", "--batch", "16", "--epochs", "1", "--eval-items", "20"
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spin")
-    done = run(folder, *SHORT, "--iterations", "3", "--run", "a")
+    done = subprocess.run([sys.executable, str(ROOT / "spin.py"), "--model", str(ROOT / "tiny"), "--device", "cpu", *SHORT, "--iterations", "3", "--run", "a"],
+                          cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -268,7 +270,7 @@ def test_command_line_plays_and_keeps_every_iterate(played):
     folder, out = played
     assert {f"iteration-{i}" for i in range(3)} <= {p.name for p in (folder / "runs" / "a").iterdir()}
     assert "teach nothing" in out and "normal" in out and "win rate" in out and (folder / "runs" / "a" / "curves.png").is_file()
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "runs/a", "--items", "20"], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = command(evaluate, folder, "runs/a", "--items", "20")
     assert done.returncode == 0 and "sampled" in done.stdout, done.stderr
 
 
