@@ -63,7 +63,7 @@ AGGREGATE = {
 
 # The KL term of a token, from d = log pi_Ref - log pi.
 KL = {
-    "k3": lambda d: d.exp() - d - 1,  # never negative, and its gradient pulls pi towards pi_Ref
+    "k3": lambda d: d.expm1() - d,  # exp(d) - d - 1, without its rounding near 0: never negative, and its gradient pulls pi towards pi_Ref
     "literal": lambda d: -d,  # as the paper prints it: on-policy, its expected gradient is 0; it only adds noise
 }
 
@@ -218,6 +218,30 @@ def measure(queries, solver, challenger, reward, quality, valid, losses, norm):
     return {k: v for k, v in row.items() if v is not None}
 
 
+# How a run looks that goes wrong: a figure's mean over the last WINDOW steps, when it is bad, and what to say, once.
+WINDOW = 20
+WATCH = {
+    "distinct": (lambda x: x < 0.5, "the queries repeat: a larger --kl-challenger or a smaller --alpha-ch keeps them apart"),
+    "valid": (lambda x: x < 0.5, "most queries are no tasks any more: try --game lsp, a larger --quality or --kl-challenger, or a smaller --alpha-ch"),
+    "spread": (lambda x: x < 0.1, "hardly a group has spread, so the Solver has nothing to learn from: try a smaller --alpha-ch, or --pay r-zero"),
+    "kl_solver": (lambda x: x > 1.0, "the Solver runs away from its start: try a smaller --lr or a larger --kl"),
+    "kl_challenger": (lambda x: x > 1.0, "the Challenger runs away from its start: try a smaller --alpha-ch or a larger --kl-challenger"),
+    "cut": (lambda x: x > 0.5, "most answers are cut at the limit: try a larger --answer-tokens"),
+    "malformed": (lambda x: x > 0.5, "most verdicts of the judge have no score: try --judge expected"),
+}
+
+
+def watch(rows, said):
+    """What has gone wrong in the last WINDOW rows of metrics.jsonl and is not in `said` (a set) yet: a list of sentences."""
+    found = []
+    for key, (bad, sentence) in WATCH.items():
+        values = [row[key] for row in rows if key in row]
+        if len(values) == WINDOW and key not in said and bad(sum(values) / WINDOW):
+            said.add(key)
+            found.append(f"step {rows[-1]['step']}: {sentence} ({key} is {sum(values) / WINDOW:.2f} over the last {WINDOW} steps)")
+    return found
+
+
 def game_records(queries, answers, reward, quality, a_ch, valid):
     """A step's games for games.jsonl, rounded to what a reader needs."""
     return [{"query": q, "valid": v, "answers": a, "reward": r, "quality": [round(x, 3) for x in rq], "challenger_advantage": round(c, 3)}
@@ -252,19 +276,22 @@ def explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge
 
     A few steps are played before it, unseen: at the very start policy and reference are the same, and every KL is 0.
     """
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr  # no rising: a step should show
     for lesson in [False] * 5 + [True]:
         queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
         reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args)
         players = sides(solver, challenger, a_sol, a_ch, args)
         if not lesson:
             update(model, reference, optimizer, players, args)
+    print("(after five steps, unseen: else policy and reference would be the same, and every KL 0)\n")
     print("PLAY: one model, two players, told apart by the prompt alone                        selfplay.play")
     if challenger:
         print(f"  the Challenger is asked: {tokenizer.decode(prompt)[:70]!r}\n  the Solver is asked each query as a plain user turn")
     before, lessons = {}, {}
     for name, (player, alpha, beta) in players.items():
         lp, ref = token_logprobs(model, player, args), token_logprobs(reference, player, args)
-        kl = [[KL[args.kl_form](torch.tensor(r - x)).item() for x, r in zip(*rows)] for rows in zip(lp, ref)]
+        kl = [[KL[args.kl_form](torch.tensor(r - x, dtype=torch.float64)).item() for x, r in zip(*rows)] for rows in zip(lp, ref)]
         before[name], lessons[name] = lp, (lp, ref, kl)
     number = 0
     for i, (query, group) in enumerate(zip(queries, answers)):
@@ -281,7 +308,7 @@ def explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge
             lp, _, kl = (part[i] for part in lessons["challenger"])
             print(f"      A_Ch = {a_ch[i]:+.5f} (advantages)   log pi(q) = {sum(lp):.3f} (logprobs)   KL sum = {sum(kl):.2e} (KL)")
 
-    print("\nUPDATE: every token's part in the losses                                       selfplay.player_loss")
+    print("\nUPDATE: of each player the text with the most to learn from, token by token    selfplay.player_loss")
     for name, (player, alpha, beta) in players.items():
         lp, ref, kl = lessons[name]
         M, flat = len(lp), [ids for group in player.completions for ids in group]
@@ -289,11 +316,13 @@ def explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge
         weight = AGGREGATE[args.aggregate](lengths)
         m = max(range(M), key=lambda m: (len(set(flat[m])) > 1, abs(player.advantage[m])))  # the text with the most to learn from
         print(f"\n  {name}: a text of advantage {player.advantage[m]:+.4f}; weight {weight[m]:.3f} (AGGREGATE), beta {beta:g}, M = {M} texts.")
-        print("  Slope of the loss by this log pi: -A weight / M, as pi/sg(pi) is 1, with the gradient of log pi")
+        print("  Slope of -ratio x A by this log pi: -A weight / M, as the ratio pi/sg(pi) is 1, with log pi's gradient")
         print("      token                log pi   log pi_Ref    KL term      slope   beta weight KL / M")
         for token, x, r, k in list(zip(flat[m], lp[m], ref[m], kl[m]))[:16]:
             text = repr(tokenizer.text.id_to_token(token))[1:-1][:16]
-            print(f"      {text:<17}{x:10.4f}   {r:10.4f}  {k:9.2e}   {-(player.advantage[m] * weight[m] / M):+8.5f}   {beta * weight[m] * k / M:18.2e}")
+            print(f"      {text:<17}{x:10.5f}   {r:10.5f}  {k:9.2e}   {-(player.advantage[m] * weight[m] / M):+8.5f}   {beta * weight[m] * k / M:18.2e}")
+        if len(flat[m]) > 16:
+            print(f"      .. and {len(flat[m]) - 16} more tokens")
         loss = sum((weight[m] * (beta * sum(kl[m]) - player.advantage[m])).item() for m in range(M)) / M
         gradients(model, reference, {name: players[name]}, args)
         norm = clip(optimizer, float("inf"))
@@ -308,7 +337,7 @@ def explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge
     for i, group in enumerate(answers):
         lines = {}
         for j, answer in enumerate(group):
-            lines[answer] = f"      {(answer or '(nothing)')[:26]:<28}A {a_sol[i, j]:+.3f}   p {math.exp(sum(before['solver'][number])):.5f} -> {math.exp(sum(after[number])):.5f}"
+            lines[answer] = f"      {(answer or '(nothing)')[:26]:<28}A {a_sol[i, j]:+.3f}   log pi {sum(before['solver'][number]):9.4f} -> {sum(after[number]):9.4f}   p times {math.exp(sum(after[number]) - sum(before['solver'][number])):.3f}"
             number += 1
         print(f"  q{i + 1}\n" + "\n".join(lines.values()))
 
@@ -320,12 +349,12 @@ def parse_args(argv=None):
                                             + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in REAL.items()))
     g = parser.add_argument_group("the game")
     g.add_argument("--game", choices=["lsp", "lsp-zero", "grpo"], default="lsp", help="lsp-zero: no quality self-reward; grpo: instructions from data, no Challenger")
-    g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
+    g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, a run's folder, or a hub name")
     g.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
     g.add_argument("--reward", default="exact", help="who judges answers: exact (the embedded language's solver), math (the last number of an answer, against --data's), file.py:function, or a reward model's folder or hub name")
     g.add_argument("--data", default=None, metavar="FILE", help='for grpo: instructions from JSONL with "prompt" or "question", and "answer"; none: the embedded language\'s')
-    g.add_argument("--task", default=None, help="what the Challenger is to write an input for (real models only); none: its own judgement")
-    g.add_argument("--template", default=None, help="a form with placeholders for the Challenger to fill in (real models only)")
+    g.add_argument("--task", default=None, help="what the Challenger is to write an input for (only for a model that does not speak the embedded language); none: its own judgement")
+    g.add_argument("--template", default=None, help="a form with placeholders for the Challenger to fill in (only for a model that does not speak the embedded language)")
     g.add_argument("--pay", choices=list(PAY), default="minimax", help="what the Challenger is paid for a query (not in grpo)")
     g.add_argument("--steps", type=number(int), default=500, help="optimizer steps, one batch of games each")
     g.add_argument("--queries", type=number(int), default=32, metavar="N", help="queries a step")
@@ -369,7 +398,11 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     args.model = str(evaluate.model_folder(args.model))  # a run's folder stands for its model
     if args.judge == "written" and not real:
-        parser.error("--judge written is for real models: the embedded default can only say a digit")
+        parser.error("--judge written is for models that do not speak the embedded language: that one's judge can only say a digit")
+    if not real and (args.task or args.template):
+        parser.error("--task and --template are for models that do not speak the embedded language: this one has its own Challenger's prompt")
+    if args.game == "grpo" and args.pay != "minimax":
+        parser.error("--pay is the Challenger's, and --game grpo has none")
     if args.data and args.game != "grpo":
         parser.error("--data is for --game grpo: in the other games the Challenger writes the queries")
     if args.reward == "math" and not args.data:
@@ -413,10 +446,10 @@ def main(argv=None):
     folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, into {folder}")
-    print("a loss near 0 is right: the ratio is 1 and advantages are centred, so only KL is left of its value; its gradient is not 0")
+    print("the losses in metrics.jsonl stay near 0: the ratio is 1 and advantages are centred, so only KL is left; their gradient is not 0")
 
     began, bar = time.time(), tqdm(range(1, args.steps + 1), unit="step", disable=None, dynamic_ncols=True)
-    done = 0
+    done, recent, said = 0, [], set()
     with open(folder / "metrics.jsonl", "w", 1) as metrics_file, open(folder / "games.jsonl", "w", 1) as games_file:
         try:
             for step in bar:
@@ -430,9 +463,12 @@ def main(argv=None):
                 valid = referee.valid(queries) if hasattr(referee, "valid") else None
                 row = measure(queries, solver, challenger, reward, quality if judge else None, valid, losses, norm)
                 row |= {"malformed": judge.malformed} if hasattr(judge, "malformed") else {}  # share of verdicts without a score
-                metrics_file.write(json.dumps({"step": step} | row | {"seconds": time.time() - step_began}) + "\n")
+                row = {"step": step} | row | {"seconds": time.time() - step_began}
+                metrics_file.write(json.dumps(row) + "\n")
                 games_file.write(json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n")
-                done = step
+                done, recent = step, [*recent, row][-WINDOW:]
+                for sentence in watch(recent, said):
+                    bar.write(sentence)
                 bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
                 if step % args.show_every == 0 or step == 1:
                     bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))

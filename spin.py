@@ -194,7 +194,7 @@ def identical_line(pairs, lam, loss):
 def change_line(rows):
     """What an iteration changed: its first update's figures, and the mean of its last tenth."""
     end = rows[-max(1, len(rows) // 10):]
-    names = {"loss": "loss", "margin": "margin", "logprob_answer": "log p of people's answers", "logprob_rival": "of the opponent's"}
+    names = {"loss": "loss of all pairs", "margin": "of differing ones: margin", "logprob_answer": "log p of people's answers", "logprob_rival": "of the opponent's"}
     return "  ".join(f"{name} {rows[0][k]:.3f} -> {sum(r[k] for r in end) / len(end):.3f}" for k, name in names.items() if k in rows[0])
 
 
@@ -228,6 +228,7 @@ def explain(player, tokenizer, prompts, answers, data, generator, rng, args):
         pass
     pick = next((i for i in range(half, len(pairs)) if pairs[i].answer != pairs[i].rival), half)
     pair = pairs[pick]
+    print(f"(first trained on {half} other pairs, unseen: else the player were its opponent, and the margin 0)\n")
     print(f"THE PAIR: the opponent answered too                                                opponent_answers\n  {data[pick][0][-1]['content'][:96]}")
     print(f"  {sum(p.answer == p.rival for p in pairs)} of {len(pairs)} such pairs have two equal answers, and teach nothing")
     print("\nTOKENS: under the player p and the opponent p_t                                       logprobs")
@@ -262,7 +263,7 @@ def parse_args(argv=None):
                                             + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in REAL.items()))
     g = parser.add_argument_group("the game")
     g.add_argument("--game", choices=["spin", "sft"], default="spin", help="sft: the baseline, plain fine-tuning on the same answers with as many updates")
-    g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, or a hub name")
+    g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, a run's folder, or a hub name")
     g.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
     g.add_argument("--data", default=argparse.SUPPRESS, metavar="FILE", help='JSONL with "prompt" and "answer", or "messages"; default: instructions of the embedded default\'s fine-tuning set, answered right')
     g.add_argument("--iterations", type=number(int), default=4, help="how often the player becomes the opponent")

@@ -6,6 +6,7 @@ Ours and its peer alternate, so that a busy machine slows both; medians and thei
     spin update: one update of an iteration's training on 64 pairs, against TRL's DPOTrainer with stored reference log-probabilities
     lsp step: its floating-point work against what this machine reaches in one large matrix product
 """
+import argparse
 import copy
 import json
 import logging
@@ -162,6 +163,7 @@ def bench_lsp(model, tokenizer):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     fresh = lambda: llama.load(ROOT / "tiny")
     model, tokenizer = fresh()

@@ -253,7 +253,26 @@ def test_the_lesson_is_the_real_step(tmp_path):
     assert printed == [pytest.approx(l_sol, rel=0.02, abs=1e-4), pytest.approx(l_ch, rel=0.02, abs=1e-4)] and l_sol > 0.01
     total, = re.findall(rf"of the step itself: {number}", out)
     assert float(total) == pytest.approx(printed[0] + 0.005 * printed[1], abs=1e-4)
-    assert re.search(r"A \+\d.*p (\S+) -> (?!\1)", out)  # the step changed something
+    assert re.search(r"A \+\d.*log pi +(\S+) -> +(?!\1)", out)  # the step changed something
+
+
+@pytest.mark.parametrize("key", list(selfplay.WATCH))
+def test_each_trouble_is_said_once(key):
+    """Each is said when its own figure turns bad, over a whole window, and never again."""
+    good = {"distinct": 1.0, "valid": 0.9, "spread": 0.4, "kl_solver": 0.05, "kl_challenger": 0.01, "cut": 0.0, "malformed": 0.0}
+    bad = good | {key: 0.0 if key in ("distinct", "valid", "spread") else 2.0}
+    rows = lambda row, n: [{"step": i} | row for i in range(n)]
+    said = set()
+    assert selfplay.watch(rows(good, selfplay.WINDOW), said) == [] and selfplay.watch(rows(bad, selfplay.WINDOW - 1), said) == []
+    sentence, = selfplay.watch(rows(bad, selfplay.WINDOW), said)
+    assert "try" in sentence or "keeps them apart" in sentence
+    assert selfplay.watch(rows(bad, selfplay.WINDOW), said) == []
+
+
+def test_a_run_made_to_fail_says_so(tmp_path):
+    """A learning rate a thousand times too large: KL runs away, and the terminal says which flag to try."""
+    out = run(tmp_path, "--model", str(ROOT / "tiny"), "--lr", "0.01", "--kl", "0", "--steps", "26", "--queries", "4", "--answers", "4", "--aggregate", "token")
+    assert "the Solver runs away" in out.stdout + out.stderr and out.stdout.count("runs away from its start: try a smaller --lr") == 1
 
 
 def test_same_seed_same_run(tmp_path):
@@ -328,7 +347,7 @@ def test_challenger_prompt_has_its_two_variables(real_llama):
     (["--steps", "0"], "not above zero"), (["--steps", "-3"], "not above zero"), (["--lr", "nan"], "not above zero"), (["--queries", "many"], "not a whole number"),
     (["--kl", "-1"], "not zero or more"), (["--game", "chess"], "invalid choice"), (["--step", "3"], "unrecognized"), (["--model", "nowhere"], "no such model folder"),
     (["--reward", "gone.py:f"], "no file or folder 'gone.py'"), (["--reward", "mine.py:absent"], "has no function"), (["--reward", "mine.py:nan"], "NaN"),
-    (["--reward", "mine.py:flat"], "shape"), (["--run", "taken"], "exists already"), (["--judge", "written"], "is for real models"), (["--reward", "math"], "from --data alone"), (["--run", "../away"], "not a plain folder name"), (["--device", "abacus"], "no such device")])
+    (["--reward", "mine.py:flat"], "shape"), (["--run", "taken"], "exists already"), (["--judge", "written"], "can only say a digit"), (["--task", "x"], "has its own"), (["--game", "grpo", "--pay", "sqlm"], "has none"), (["--reward", "math"], "from --data alone"), (["--run", "../away"], "not a plain folder name"), (["--device", "abacus"], "no such device")])
 def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
     (tmp_path / "mine.py").write_text("def nan(q, a):\n    return [[float('nan')] * len(g) for g in a]\ndef flat(q, a):\n    return [0.0]\n")
     (tmp_path / "runs" / "taken").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""How the embedded default was made: `python tiny/train.py` rebuilds it from nothing.
+"""How the embedded default was made: `python tiny/train.py` rebuilds it from nothing, into runs/tiny.
 
 One Llama of 0.76 million parameters learns its three parts at once, as a chat model does, from prompts alone:
 Solver (70 % of the set), judge (18 %) and Challenger (12 %). The set is finite, drawn once from a seed, and the model is
@@ -112,7 +112,7 @@ def train(model, tokenizer, data, steps, batch, lr, seed, log):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default=str(HERE), help="folder to write the model to")
+    parser.add_argument("--out", default="runs/tiny", help="folder to write the model to; never over another model")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
     parser.add_argument("--again", type=int, default=2000, help="steps of a second round, at half the learning rate")
     parser.add_argument("--size", type=int, default=60000, help="conversations in the finite fine-tuning set")
@@ -120,12 +120,14 @@ def main():
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="seed of the set, the weights and the order")
     parser.add_argument("--more", type=int, default=0, metavar="STEPS",
-                        help="train the finished model at --out this much longer on the same set instead, and save nothing")
+                        help="train the committed model this much longer on the same set instead, and save nothing")
     args = parser.parse_args()
     if min(args.steps, args.again, args.size, args.batch) < 1 or args.lr <= 0 or args.more < 0 or args.batch > args.size:
         raise llama.UserError("--steps, --size, --batch and --lr must be above zero, and --batch at most --size")
     torch.manual_seed(args.seed)
-    folder = Path(args.out)
+    folder = HERE if args.more else Path(args.out)
+    if not args.more and (folder / "model.safetensors").exists():
+        raise llama.UserError(f"{folder} holds a model already: choose another --out, nothing was touched")
     data = language.fine_tuning_set(args.size, args.seed)
     if args.more:
         model, tokenizer = llama.load(folder)
