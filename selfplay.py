@@ -316,7 +316,7 @@ def explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge
         weight = AGGREGATE[args.aggregate](lengths)
         m = max(range(M), key=lambda m: (len(set(flat[m])) > 1, abs(player.advantage[m])))  # the text with the most to learn from
         print(f"\n  {name}: a text of advantage {player.advantage[m]:+.4f}; weight {weight[m]:.3f} (AGGREGATE), beta {beta:g}, M = {M} texts.")
-        print("  Slope of -ratio x A by this log pi: -A weight / M, as the ratio pi/sg(pi) is 1, with log pi's gradient")
+        print("  Slope of -ratio x A by this log pi: -A weight / M; the ratio pi/sg(pi) is 1, its gradient is not")
         print("      token                log pi   log pi_Ref    KL term      slope   beta weight KL / M")
         for token, x, r, k in list(zip(flat[m], lp[m], ref[m], kl[m]))[:16]:
             text = repr(tokenizer.text.id_to_token(token))[1:-1][:16]
@@ -330,7 +330,7 @@ def explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge
         print(f"  L_{'Sol' if name == 'solver' else 'Ch'} = 1/M sum weight (beta KL sum - A) = {loss:+.6f}; in the sum times {alpha:g},\n  with a gradient of norm {norm:.5f} there (gradients)")
     report, norm = update(model, reference, optimizer, players, args)
     total = sum(players[name][1] * loss for name, (loss, _) in report.items())
-    print(f"\n  L_Sol + alpha_Ch L_Ch of the step itself: {total:+.6f}; gradient norm {norm:.5f}, clipped at {args.clip:g} (update)")
+    print(f"\n  L_Sol + alpha_Ch L_Ch of the step itself: {total:+.6f}; gradient norm {norm:.4f}, cut to {args.clip:g} (update)")
 
     print("\nAFTER: what the step changed                                                         token_logprobs")
     after, number = token_logprobs(model, solver, args), 0
