@@ -316,6 +316,24 @@ def test_same_seed_same_run(played):
     assert not any(d.returncode for d in done) and text[0] == text[1]
 
 
+def test_ctrl_c_keeps_the_player_as_it_is(played, monkeypatch):
+    """Stopped in the middle of iteration 1: the whole iterate and the unfinished player are both there; the scoreboard takes the whole one."""
+    folder, _ = played
+    real, seen = spin.train, []
+
+    def stopped(*args):
+        seen.append(1)
+        for i, row in enumerate(real(*args)):
+            if len(seen) == 2 and i == 1:
+                raise KeyboardInterrupt
+            yield row
+    monkeypatch.setattr(spin, "train", stopped)
+    done = run(folder, *SHORT, "--iterations", "3", "--run", "stopped")
+    names = {p.name for p in (folder / "runs" / "stopped").iterdir()}
+    assert done.returncode == 0 and "stopped in iteration 1" in done.stdout and {"iteration-0", "iteration-1-unfinished"} <= names and "iteration-1" not in names
+    assert evaluate.model_folder(folder / "runs" / "stopped").name == "iteration-0"
+
+
 def test_sft_and_a_file_of_data(played):
     folder, _ = played
     (folder / "data.jsonl").write_text("".join(json.dumps({"prompt": f"Add {i} and 2.", "answer": str(i + 2)}) + "\n" for i in range(10)))
