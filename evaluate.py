@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from model import DTYPES, UserError, check_device, generate, groups, load, number, run_command
+from model import DTYPES, UserError, check_device, generate, groups, is_hub_name, load, number, run_command
 from rewards import ExactReward, PairJudge, judged, load_referee
 from tiny import language
 
@@ -188,6 +188,7 @@ def read_data(path):
         raise UserError(f"--data {path}: {len(pairs)} line{'s' * (len(pairs) != 1)} of data; at least 2 are needed, each an object on its own line")
     return pairs
 
+
 def new_run(name, game, settings):
     """Make runs/<name> and write settings.json; without a name, runs/<game>-<next free number>. Never an existing folder."""
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
@@ -280,12 +281,22 @@ def model_folder(name):
     """Where a run folder's model is: model/, or the last whole iterate of SPIN. Anything else is a model's own name."""
     if not (Path(name) / "metrics.jsonl").is_file():
         return name
-    if (Path(name) / "model").is_dir():
-        return Path(name) / "model"
-    iterates = [p for p in Path(name).glob("iteration-*") if p.name.removeprefix("iteration-").isdigit()]
-    if not iterates:
+    if not iterates(Path(name)):
         raise UserError(f"{name}: this run has no finished model")
-    return max(iterates, key=lambda p: int(p.name.removeprefix("iteration-")))
+    return iterates(Path(name))[-1]
+
+
+def iterates(folder):
+    """The models of a run in order: SPIN's whole iterates, or the one model of another game."""
+    if (folder / "model").is_dir():
+        return [folder / "model"]
+    whole = [p for p in folder.glob("iteration-*") if p.name.removeprefix("iteration-").isdigit()]
+    return sorted(whole, key=lambda p: int(p.name.removeprefix("iteration-")))
+
+
+def is_real(name):
+    """Is a model there that does not speak the embedded language? The games then have the papers' prompts and settings."""
+    return (Path(name).is_dir() or is_hub_name(name)) and not language.spoken_by(model_folder(name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,14 +333,6 @@ def seeds_and_items(x):
     items = 1.959964 * x.mean(0).std().item() / math.sqrt(n) if n > 1 else 0.0
     mean, half = x.mean().item(), math.hypot(seeds, items)
     return [mean, mean - half, mean + half]
-
-
-def iterates(folder):
-    """The models of a run in order: SPIN's whole iterates, or the one model of another game."""
-    if (folder / "model").is_dir():
-        return [folder / "model"]
-    whole = [p for p in folder.glob("iteration-*") if p.name.removeprefix("iteration-").isdigit()]
-    return sorted(whole, key=lambda p: int(p.name.removeprefix("iteration-")))
 
 
 def finished(folder):
@@ -606,6 +609,7 @@ def open_duel(args):
 
 
 def main(argv=None):
+    """The command line of the scoreboard: scores, a duel on open instructions, or `reproduce`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["reproduce"]:
         return reproduce(argv[1:])

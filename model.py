@@ -548,11 +548,14 @@ def free_memory(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
+def most_memory(plan):
+    """Bytes of a memory_plan at their peak: sampling (the cache) and training (activations, logits) are never there at once."""
+    return sum(plan.values()) - min(plan["cache"], plan["activations"] + plan["logits"])
+
+
 def check_memory(plan, device, show=False):
     """Print a memory_plan (show), and raise UserError if it cannot fit."""
-    # Of what comes and goes, sampling (the cache) and training (activations, logits) are never there at once.
-    passing = {"cache": plan["cache"], "activations and logits": plan["activations"] + plan["logits"]}
-    total, free = sum(plan.values()) - min(passing.values()), free_memory(device)
+    total, free = most_memory(plan), free_memory(device)
     if show:
         for use, size in plan.items():
             print(f"    {use:<18}{size / 2**30:9.2f} GiB")

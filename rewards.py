@@ -239,6 +239,11 @@ class PairJudge:
         return (first[:, 0].float() + (~first[:, 1]).float()).cpu() / 2
 
 
+def names_model(spec):
+    """Does --reward name a reward model, a folder or a hub name?"""
+    return ":" not in spec and (Path(spec).is_dir() or is_hub_name(spec))
+
+
 def load_referee(spec, device="cpu", data=None, dtype=torch.float32):
     """The referee that --reward names: "exact", "math" (against data's known answers), "file.py:function", or a reward model's
     folder or hub name. Raises UserError. A file's code is run: name only files you trust.
@@ -248,7 +253,7 @@ def load_referee(spec, device="cpu", data=None, dtype=torch.float32):
     if spec == "math":
         return MathReward(data)
     path, _, name = spec.rpartition(":")
-    if not path and (Path(spec).is_dir() or is_hub_name(spec)):
+    if names_model(spec):
         return RewardModel(spec, device, dtype)
     if not path and Path(spec).is_file():
         raise UserError(f"--reward {spec}: which function of it? Write {spec}:function")

@@ -27,16 +27,15 @@ import math
 import random
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import evaluate
-from model import (DTYPES, check_device, check_memory, clip, generate, groups, is_hub_name, load, logprobs, memory_plan, number, optimizer_for, pack,
+from model import (DTYPES, check_device, check_memory, clip, generate, groups, load, logprobs, memory_plan, number, optimizer_for, pack,
                    parameter_count, read_config, run_command, save)
-from rewards import QualityReward, WrittenQuality, judged, load_referee
+from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model
 from tiny import language
 
 # The Challenger's prompt for a model that does not speak the embedded language; both variables are optional (LSP section 2.2).
@@ -343,6 +342,7 @@ def explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge
 
 
 def parse_args(argv=None):
+    """The command line's settings; the defaults depend on whether the model speaks the embedded language. Exits with 2 if refused."""
     parser = argparse.ArgumentParser(description="Language Self-Play: a Llama that learns by asking itself ever harder questions.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
                                      epilog="A model that does not speak the embedded language has these defaults instead: "
@@ -380,12 +380,12 @@ def parse_args(argv=None):
     g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score before and after (with --reward exact)")
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
-    g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, about a quarter more time")
+    g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, more time")
     g.add_argument("--explain", action="store_true", help="play one step, of 3 queries x 4 answers unless told, and print it as a lesson; save nothing")
     g.add_argument("--dry-run", action="store_true", help="only say what memory these settings need and how long a step takes; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
-    real = (Path(args.model).is_dir() or is_hub_name(args.model)) and not language.spoken_by(evaluate.model_folder(args.model))
+    real = evaluate.is_real(args.model)
     if real:
         parser.set_defaults(**REAL | ({"lr": 1e-6} if args.game == "grpo" else {}))
         args = parser.parse_args(argv)
@@ -411,11 +411,12 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Play, score, update, step by step, into a run's folder; then the scoreboard."""
     args = parse_args(argv)
     generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)
     rng = random.Random(args.seed)
     config, dtype = read_config(args.model, args.revision), DTYPES[args.dtype]
-    frozen = [config] + ([read_config(args.reward)] if Path(args.reward).is_dir() or is_hub_name(args.reward) else [])
+    frozen = [config] + ([read_config(args.reward)] if names_model(args.reward) else [])
     plan = memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute, frozen=frozen)
     if args.dry_run:
         print(f"{args.game} on {args.model}: {parameter_count(config):,} parameters, {args.dtype}")

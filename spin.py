@@ -24,7 +24,6 @@ import math
 import random
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (DTYPES, check_device, check_memory, clip, generate, groups, is_hub_name, load, logprobs, memory_plan, number, optimizer_for, pack,
+from model import (DTYPES, check_device, check_memory, clip, generate, groups, load, logprobs, memory_plan, number, optimizer_for, pack,
                    read_config, run_command, save)
 from tiny import language
 
@@ -257,6 +256,7 @@ def explain(player, tokenizer, prompts, answers, data, generator, rng, args):
 
 
 def parse_args(argv=None):
+    """The command line's settings; the defaults depend on whether the model speaks the embedded language. Exits with 2 if refused."""
     parser = argparse.ArgumentParser(description="Self-Play Fine-Tuning: a Llama that learns to tell people's answers from its own earlier ones.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
                                      epilog="A model that does not speak the embedded language has these defaults instead: "
@@ -284,11 +284,11 @@ def parse_args(argv=None):
     g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score of each iterate (without --data)")
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
-    g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, about a quarter more time")
+    g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, more time")
     g.add_argument("--explain", action="store_true", help="print one pair of one update as a lesson; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
-    if (Path(args.model).is_dir() or is_hub_name(args.model)) and not language.spoken_by(evaluate.model_folder(args.model)):
+    if evaluate.is_real(args.model):
         parser.set_defaults(**REAL)
         args = parser.parse_args(argv)
         if not hasattr(args, "data"):
@@ -300,6 +300,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Play: the opponent answers, the player trains, and is the next opponent."""
     args = parse_args(argv)
     path = getattr(args, "data", None)
     generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)

@@ -108,7 +108,6 @@ def bench_step(folder, reward, flags, rounds):
     config = llama.read_config(folder)
     plan = llama.memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute,
                              frozen=[config, llama.read_config(reward)])
-    foretold = sum(plan.values()) - min(plan["cache"], plan["activations"] + plan["logits"])
     cuda = torch.device(device).type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if cuda:
@@ -126,7 +125,7 @@ def bench_step(folder, reward, flags, rounds):
         selfplay.update(model, reference, optimizer, selfplay.sides(solver, challenger, a_sol, a_ch, args), args)
     result = {"queries": args.queries, "answers": args.answers, "answer_tokens": args.answer_tokens, "dtype": args.dtype, "step_s": seconds(step, device, rounds)}
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return result | {"peak_gib": peak / 2**30, "peak_above_start_gib": (peak - (0 if cuda else resident)) / 2**30, "foretold_gib": foretold / 2**30}
+    return result | {"peak_gib": peak / 2**30, "peak_above_start_gib": (peak - (0 if cuda else resident)) / 2**30, "foretold_gib": llama.most_memory(plan) / 2**30}
 
 
 def main():

@@ -1,6 +1,5 @@
 """SPIN: the loss by hand and against TRL's, each iteration's opponent, each stumbling stone, and the real command line."""
 import argparse
-import copy
 import json
 import logging
 import math
