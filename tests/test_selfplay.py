@@ -286,7 +286,8 @@ def test_ctrl_c_saves_what_there_is(tmp_path):
     import signal
     import time
     process = subprocess.Popen([sys.executable, str(ROOT / "selfplay.py"), "--model", str(ROOT / "tiny"), "--steps", "10000", "--queries", "3",
-                                "--answers", "2", "--eval-items", "20", "--run", "cut", "--device", "cpu"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                "--answers", "2", "--eval-items", "20", "--run", "cut", "--device", "cpu"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it, and their children inherit that
     games = tmp_path / "runs" / "cut" / "games.jsonl"
     try:
         deadline = time.time() + 60
