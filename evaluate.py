@@ -210,16 +210,32 @@ def new_run(name, game, settings):
 
 
 def read_metrics(run):
-    """A run's metrics.jsonl as {name: [value a step]}, with "step" among the names."""
-    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return {k: [r[k] for r in rows] for k in (rows[0] if rows else {})}
+    """A run's metrics.jsonl as {name: [value a step]}, with "step" among the names.
+
+    Where a step lacks a figure that others have, its neighbour's stands. A last line that was cut off is left out; any
+    other line that is no JSON object raises UserError.
+    """
+    path, rows = Path(run) / "metrics.jsonl", []
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append({k: float(v) for k, v in json.loads(line).items()})
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            if number < len(lines) or line.endswith("\n"):
+                raise UserError(f"{path}: line {number} is not a step's figures") from None
+    columns = {}
+    for key in dict.fromkeys(k for row in rows for k in row):
+        value = next(row[key] for row in rows if key in row)
+        columns[key] = [value := row.get(key, value) for row in rows]
+    return columns
 
 
 PANELS = {  # of a run's picture: name in metrics.jsonl -> title
     "reward": "reward", "quality": "quality (judge)", "valid": "well-formed queries", "spread": "groups with spread",
     "distinct": "distinct queries", "kl_solver": "KL of the Solver", "kl_challenger": "KL of the Challenger",
     "loss": "loss", "margin": "margin", "logprob_answer": "log p of people's answers", "logprob_rival": "log p of the opponent's",
-    "answer_tokens": "tokens an answer"}
+    "answer_tokens": "tokens an answer", "query_tokens": "tokens a query", "entropy_solver": "entropy of the Solver, nats a token",
+    "entropy_challenger": "entropy of the Challenger", "similarity": "similarity of queries", "agreement": "judge prefers the right answer"}
 
 
 def smooth(curve, parts):
@@ -242,7 +258,9 @@ def draw(runs, path):
     if not panels:
         return False
     count = len(panels) + bool(scores)
-    figure, axes = plt.subplots(2, (count + 1) // 2, figsize=(2.6 * ((count + 1) // 2), 5.5), layout="constrained", squeeze=False)
+    rows = 2 if count <= 10 else 3
+    columns = math.ceil(count / rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.75 * rows), layout="constrained", squeeze=False)
     for axis, key in zip(axes.flat, panels):
         for i, (name, d) in enumerate(data.items()):
             if key not in d:
@@ -251,13 +269,13 @@ def draw(runs, path):
             axis.plot(d["step"], smooth(d[key], 20), color=f"C{i}", label=name)
         axis.set_title(PANELS[key], fontsize=10)
         axis.set_xlabel("step", fontsize=8)
-        if key in ("valid", "spread", "distinct"):
+        if key in ("valid", "spread", "distinct", "agreement"):
             axis.set_ylim(-0.03, 1.03)
     for i, name in enumerate(data):
         if name in scores:
-            axis, rows = axes.flat[len(panels)], [100 * torch.tensor(s["all"]["sampled"]) for s in scores[name].values()]
-            points = torch.stack(rows).T.numpy()  # [share, low, high] of each iterate, the start first
-            axis.errorbar(range(len(rows)), points[0], [points[0] - points[1], points[2] - points[0]], color=f"C{i}", marker="o", capsize=3)
+            axis, shares = axes.flat[len(panels)], [100 * torch.tensor(s["all"]["sampled"]) for s in scores[name].values()]
+            points = torch.stack(shares).T.numpy()  # [share, low, high] of each iterate, the start first
+            axis.errorbar(range(len(shares)), points[0], [points[0] - points[1], points[2] - points[0]], color=f"C{i}", marker="o", capsize=3)
             axis.plot([100 * s["all"]["greedy"][0] for s in scores[name].values()], color=f"C{i}", linestyle=":", marker=".")
             axis.set_title("right answers, % (greedy: dots)", fontsize=10)
             axis.set_xticks(range(max(map(len, scores.values()))), max(scores.values(), key=len), fontsize=7, rotation=20)
@@ -317,7 +335,7 @@ def method_commands(steps):
 
 
 EAGER = 0.03  # alpha_Ch of the long runs: a Challenger that moves far enough for the two games to part
-HELD_OUT = 1  # which drawing of held-out instructions the claims are judged by; settings were chosen on drawing 0
+HELD_OUT, ITEMS = 1, 2000  # which drawing of held-out instructions the claims are judged by, and its size; settings were chosen on others
 STUDENT = [math.nan, math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # t, 97.5 %, by number of seeds
 
 
@@ -375,7 +393,7 @@ def run_method(out, method, seed, start, commands, children):
             return f"{method}, seed {seed}: {error}"
     for iterate in iterates(folder):
         if not (iterate / "scores.json").is_file():
-            if error := call(here / "evaluate.py", iterate, "--held-out", HELD_OUT, "--seed", 10 + seed, "--json", iterate / "scores.json", "--device", "cpu"):
+            if error := call(here / "evaluate.py", iterate, "--held-out", HELD_OUT, "--items", ITEMS, "--seed", 10 + seed, "--json", iterate / "scores.json", "--device", "cpu"):
                 return f"{method}, seed {seed}: {error}"
 
 
@@ -543,13 +561,13 @@ def reproduce(argv):
     seeds, start, out, commands = range(args.seeds), Path(__file__).resolve().parent / "tiny", Path(args.out).resolve(), method_commands(args.steps)
     out.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256((start / "model.safetensors").read_bytes()).hexdigest()[:16]
-    settings = {"commands": {m: list(c) for m, c in commands.items()}, "held_out": HELD_OUT, "weights": weights}
+    settings = {"commands": {m: list(c) for m, c in commands.items()}, "held_out": HELD_OUT, "items": ITEMS, "weights": weights}
     if (out / "settings.json").is_file() and json.loads((out / "settings.json").read_text()) != settings:
         raise UserError(f"{out} holds runs of other settings or another start: choose another --out")
     (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     for s in seeds:
         if not (out / f"start-s{s}.json").is_file():
-            main([str(start), "--held-out", str(HELD_OUT), "--seed", str(1000 + s), "--json", str(out / f"start-s{s}.json"), "--device", "cpu"])
+            main([str(start), "--held-out", str(HELD_OUT), "--items", str(ITEMS), "--seed", str(1000 + s), "--json", str(out / f"start-s{s}.json"), "--device", "cpu"])
     # The longest first; what starts from another method's model, in a second round.
     rounds = [[(m, s) for s in seeds for m in sorted(commands, key=lambda m: "long" not in m) if bool(commands[m][1]) == later] for later in (False, True)]
     with tqdm(total=sum(map(len, rounds)), unit="run", dynamic_ncols=True) as bar, ThreadPoolExecutor(args.jobs) as pool:

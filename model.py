@@ -19,6 +19,7 @@ import math
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -511,17 +512,42 @@ def clip(optimizer, largest):
     return torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], largest).item()
 
 
+def offload(model):
+    """Move a frozen model's weights to CPU memory, page-locked where a GPU will want them back; `resident` brings them. Returns it."""
+    for p in model.parameters():
+        p.data = p.data.cpu().pin_memory() if p.data.is_cuda else p.data.cpu()
+    return model
+
+
+@contextmanager
+def resident(model):
+    """The model with its weights on its device, that of its rotary tables, for the length of a `with`.
+
+    Nothing happens to a model that is there already. An offloaded one is copied, and the copy dropped: it is frozen, so its
+    weights in CPU memory are still the truth.
+    """
+    home = [p.data for p in model.parameters()]
+    for p in model.parameters():
+        p.data = p.data.to(model.cos.device, non_blocking=True)
+    try:
+        yield model
+    finally:
+        for p, data in zip(model.parameters(), home):
+            p.data = data
+
+
 def parameter_count(config):
     """How many weights a model of this Config has."""
     with torch.device("meta"):
         return sum(p.numel() for p in Llama(config).parameters())
 
 
-def memory_plan(config, dtype, optimizer_floats, rows, positions, tokens, recompute=False, chunk=1024, frozen=()):
+def memory_plan(config, dtype, optimizer_floats, rows, positions, tokens, recompute=False, chunk=1024, frozen=(), offloaded=False):
     """{use: bytes} of a training run, before anything is loaded. What stays, then what comes and goes.
 
     optimizer_floats: float32 numbers a weight that the optimizer keeps (AdamW 2, RMSProp 1). rows, positions: of the largest
     sampling batch. tokens: of a micro-batch. frozen: Configs of the models that only look on (reference, reward model).
+    offloaded: those come one at a time.
     """
     c, size, P = config, dtype.itemsize, parameter_count(config)
     width = c.num_attention_heads * c.head_dim
@@ -532,7 +558,7 @@ def memory_plan(config, dtype, optimizer_floats, rows, positions, tokens, recomp
         "float32 masters": 4 * P if size < 4 else 0,
         "gradients": 4 * P,
         "optimizer": 4 * optimizer_floats * P,
-        "frozen models": sum(parameter_count(f) for f in frozen) * size,
+        "frozen models": (max if offloaded else sum)([0, *(parameter_count(f) for f in frozen)]) * size,
         "cache": 2 * c.num_hidden_layers * rows * positions * c.num_key_value_heads * c.head_dim * size * 2,  # twice: rows that leave are copied
         "activations": tokens * kept * size,
         "logits": (3 * 4 * min(chunk, tokens) + (4 + 2 * size) * c.hidden_size) * c.vocab_size,  # with the head's gradient
@@ -549,8 +575,8 @@ def free_memory(device):
 
 
 def most_memory(plan):
-    """Bytes of a memory_plan at their peak: sampling (the cache) and training (activations, logits) are never there at once."""
-    return sum(plan.values()) - min(plan["cache"], plan["activations"] + plan["logits"])
+    """Bytes of a memory_plan at their peak: sampling (the cache) and training (gradients, activations, logits) are never there at once."""
+    return sum(plan.values()) - min(plan["cache"], plan["gradients"] + plan["activations"] + plan["logits"])
 
 
 def check_memory(plan, device, show=False):
@@ -562,7 +588,7 @@ def check_memory(plan, device, show=False):
         print(f"    {'at the most':<18}{total / 2**30:9.2f} GiB" + (f" of {free / 2**30:.2f} GiB free on {device}" if free else ""))
     if free is not None and total > free:
         raise UserError(f"this needs about {total / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}: "
-                        "try --dtype bfloat16, --recompute, a smaller --micro-batch, fewer games or a smaller model")
+                        "try --dtype bfloat16, --recompute, --offload, a smaller --micro-batch, fewer games or a smaller model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

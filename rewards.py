@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, UserError, generate, is_hub_name, load, pack, states
+from model import KVCache, UserError, generate, is_hub_name, load, pack, resident, states
 from tiny import language
 
 
@@ -143,8 +143,9 @@ class RewardModel:
     def __call__(self, queries, answers):
         turns = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
         ids = lambda q, a: self.tokenizer.chat(turns(q, a), add_generation_prompt=False)
-        return each_once(lambda different: self.model.score(last_states(self.model, [
-            [ids(q, a) for a in group] for q, group in zip(queries, different)]))[:, 0].float(), answers)
+        with resident(self.model):
+            return each_once(lambda different: self.model.score(last_states(self.model, [
+                [ids(q, a) for a in group] for q, group in zip(queries, different)]))[:, 0].float(), answers)
 
 
 class QualityReward:
@@ -162,11 +163,11 @@ class QualityReward:
         digits = [tokenizer.encode(str(d)) for d in range(8)]
         if any(len(d) != 1 for d in digits):
             raise UserError("this model's tokenizer has no single token for each digit 0 to 7, which the judge needs")
-        device = reference.embed.weight.device
+        device = reference.cos.device
         self.digits = torch.tensor([d[0] for d in digits], device=device)  # [8]
         self.rubric = commonprefix([self._ids("a", "a"), self._ids("b", "b")])
-        self.cache = KVCache(reference.config, 1, len(self.rubric), reference.embed.weight)
-        with torch.no_grad():
+        with torch.no_grad(), resident(reference):
+            self.cache = KVCache(reference.config, 1, len(self.rubric), reference.embed.weight)
             reference(torch.tensor([self.rubric], device=device), cache=self.cache)
 
     def _ids(self, query, answer):
@@ -178,7 +179,8 @@ class QualityReward:
 
     @torch.no_grad()
     def __call__(self, queries, answers):
-        return each_once(lambda different: self._grade(queries, different), answers) / 7
+        with resident(self.model):
+            return each_once(lambda different: self._grade(queries, different), answers) / 7
 
     def _grade(self, queries, answers):
         rows = [[self._ids(q, a) for a in group] for q, group in zip(queries, answers)]
@@ -199,7 +201,8 @@ class WrittenQuality:
         self.model, self.tokenizer, self.max_new_tokens, self.malformed = reference, tokenizer, max_new_tokens, 0.0
 
     def __call__(self, queries, answers):
-        return each_once(lambda different: self._grade(queries, different), answers) / 7
+        with resident(self.model):
+            return each_once(lambda different: self._grade(queries, different), answers) / 7
 
     def _grade(self, queries, answers):
         exchanges = [EXCHANGE.format(query=q, answer=a) for q, group in zip(queries, answers) for a in group]

@@ -33,8 +33,8 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from model import (DTYPES, check_device, check_memory, clip, generate, groups, load, logprobs, memory_plan, number, optimizer_for, pack,
-                   parameter_count, read_config, run_command, save)
+from model import (DTYPES, check_device, check_memory, clip, generate, groups, load, logprobs, memory_plan, number, offload, optimizer_for, pack,
+                   parameter_count, read_config, resident, run_command, save)
 from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model
 from tiny import language
 
@@ -79,6 +79,7 @@ class Player(NamedTuple):
     completions: list  # a list of lists of ids for each prompt
     finished: list  # bool for each completion
     advantage: torch.Tensor = None  # [M], M completions in order
+    entropy: float = None  # nats a token, as estimated from what was sampled: the mean of -log pi
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,20 +98,21 @@ def play(model, tokenizer, prompt, draw, args, generator):
 
     prompt: the Challenger's ids; or None, for GRPO: then each query is the last message of a conversation that draw() gives.
     """
+    entropy = lambda out: -torch.cat(out.logprobs).mean().item()
     challenger = None
     if prompt is None:
         conversations = [draw() for _ in range(args.queries)]
         queries = [messages[-1]["content"] for messages in conversations]
     else:
         out = generate(model, [prompt], args.queries, args.query_tokens, args.temperature, generator)
-        challenger = Player([prompt], [out.ids], out.finished)
+        challenger = Player([prompt], [out.ids], out.finished, entropy=entropy(out))
         queries = [tokenizer.decode(ids) for ids in out.ids]
         # The query goes in as plain text of a user turn: nothing the Challenger wrote can become a special token.
         conversations = [[{"role": "user", "content": q}] for q in queries]
     prompts = [tokenizer.chat(messages) for messages in conversations]
     out = generate(model, prompts, args.answers, args.answer_tokens, args.temperature, generator)
     answers = groups([tokenizer.decode(ids) for ids in out.ids], args.answers)
-    return queries, answers, challenger, Player(prompts, groups(out.ids, args.answers), out.finished)
+    return queries, answers, challenger, Player(prompts, groups(out.ids, args.answers), out.finished, entropy=entropy(out))
 
 
 def advantages(reward, quality, pay, normalise="centre"):
@@ -178,9 +180,10 @@ def gradients(model, reference, players, args):
         count, advantage = fold(torch.ones_like(lengths)), fold(player.advantage.to(device))
         weight = fold(AGGREGATE[args.aggregate](lengths)) / count
         loss_sum, kl_sum = 0.0, 0.0
-        for packed in pack(player.prompts, different, args.micro_batch, device):
-            with torch.no_grad():
-                ref = logprobs(reference, packed, args.temperature)
+        batches = pack(player.prompts, different, args.micro_batch, device)
+        with torch.no_grad(), resident(reference):
+            references = [logprobs(reference, packed, args.temperature) for packed in batches]
+        for packed, ref in zip(batches, references):
             lp = logprobs(model, packed, args.temperature)
             loss, kl = player_loss(lp, ref, packed.owner, advantage, count, weight, beta, args.kl_form)
             (alpha * loss).backward()
@@ -201,19 +204,45 @@ def update(model, reference, optimizer, players, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # For people
 
+def similarity(texts):
+    """How alike texts are, 0 to 1: the share of three-letter pieces that two of them have in common (Jaccard), mean over all pairs."""
+    pieces = [{text[i:i + 3] for i in range(max(1, len(text) - 2))} for text in texts]
+    number = {piece: i for i, piece in enumerate(set().union(*pieces))}
+    has = torch.zeros(len(texts), len(number))
+    for row, own in zip(has, pieces):
+        row[[number[piece] for piece in own]] = 1.0
+    both, size = has @ has.T, has.sum(1)
+    share = both / (size[:, None] + size - both)  # [N, N], 1 on the diagonal
+    return ((share.sum() - len(texts)) / max(1, len(texts) * (len(texts) - 1))).item()
+
+
+def agreement(reward, quality):
+    """Of all pairs of a right and a wrong answer (R > 0, R = 0) to one query, the share in which the judge prefers the right one, ties half.
+
+    One half is chance: the judge's quality then says nothing of the truth. None where there is no such pair.
+    """
+    pair = (reward[:, :, None] > 0) & (reward[:, None, :] <= 0)  # [N, G, G]
+    prefers = ((quality[:, :, None] - quality[:, None, :]).sign() + 1) / 2
+    return prefers[pair].mean().item() if pair.any() else None
+
+
 def measure(queries, solver, challenger, reward, quality, valid, losses, norm):
     """A step's figures: one line of metrics.jsonl. quality None: no judge; valid None: the referee cannot tell."""
     row = {"reward": reward.mean().item(),
            "quality": None if quality is None else quality.mean().item(),
+           "agreement": None if quality is None or valid is None else agreement(reward, quality),
            "valid": None if valid is None else sum(valid) / len(valid),  # share of queries that have a right answer
            "distinct": len(set(queries)) / len(queries),
+           "similarity": similarity(queries),
            "spread": (reward.std(1, correction=0) > 0).float().mean().item(),  # share of groups that teach the Solver
            "tokens": sum(len(ids) for player in (solver, challenger) if player for group in player.completions for ids in group),  # sampled in this step
-           "answer_tokens": sum(len(ids) for group in solver.completions for ids in group) / len(solver.finished),
-           "cut": 1 - sum(solver.finished) / len(solver.finished),  # share of answers that the length limit cut
            "gradient_norm": norm}
-    for name, (loss, kl) in losses.items():
-        row |= {f"loss_{name}": loss, f"kl_{name}": kl}
+    for name, text, player in (("solver", "answer", solver), ("challenger", "query", challenger)):
+        if player:
+            loss, kl = losses[name]
+            row |= {f"loss_{name}": loss, f"kl_{name}": kl, f"entropy_{name}": player.entropy,
+                    f"{text}_tokens": sum(len(ids) for group in player.completions for ids in group) / len(player.finished),
+                    f"{text}_cut": 1 - sum(player.finished) / len(player.finished)}  # share that the length limit cut
     return {k: v for k, v in row.items() if v is not None}
 
 
@@ -225,7 +254,9 @@ WATCH = {
     "spread": (lambda x: x < 0.1, "hardly a group has spread, so the Solver has nothing to learn from: try a smaller --alpha-ch, or --pay r-zero"),
     "kl_solver": (lambda x: x > 1.0, "the Solver runs away from its start: try a smaller --lr or a larger --kl"),
     "kl_challenger": (lambda x: x > 1.0, "the Challenger runs away from its start: try a smaller --alpha-ch or a larger --kl-challenger"),
-    "cut": (lambda x: x > 0.5, "most answers are cut at the limit: try a larger --answer-tokens"),
+    "agreement": (lambda x: x < 0.5, "of a right and a wrong answer the judge prefers the wrong one: try a smaller --quality, or --game lsp-zero"),
+    "answer_cut": (lambda x: x > 0.5, "most answers are cut at the limit: try a larger --answer-tokens"),
+    "query_cut": (lambda x: x > 0.5, "most queries are cut at the limit: try a larger --query-tokens, or a larger --kl-challenger"),
     "malformed": (lambda x: x > 0.5, "most verdicts of the judge have no score: try --judge expected"),
 }
 
@@ -235,9 +266,9 @@ def watch(rows, said):
     found = []
     for key, (bad, sentence) in WATCH.items():
         values = [row[key] for row in rows if key in row]
-        if len(values) == WINDOW and key not in said and bad(sum(values) / WINDOW):
+        if len(rows) == WINDOW and values and key not in said and bad(sum(values) / len(values)):
             said.add(key)
-            found.append(f"step {rows[-1]['step']}: {sentence} ({key} is {sum(values) / WINDOW:.2f} over the last {WINDOW} steps)")
+            found.append(f"step {rows[-1]['step']}: {sentence} ({key} is {sum(values) / len(values):.2f} over the last {WINDOW} steps)")
     return found
 
 
@@ -263,8 +294,8 @@ def game_text(step, query, answers, reward, quality, a_sol, pay, valid):
 def token_logprobs(model, player, args):
     """log pi of every token of a player's completions: M lists, in order."""
     out = [[] for group in player.completions for _ in group]
-    with torch.no_grad():
-        for packed in pack(player.prompts, player.completions, args.micro_batch, model.embed.weight.device):
+    with torch.no_grad(), resident(model):
+        for packed in pack(player.prompts, player.completions, args.micro_batch, model.cos.device):
             for owner, lp in zip(packed.owner.tolist(), logprobs(model, packed, args.temperature).tolist()):
                 out[owner].append(lp)
     return out
@@ -381,6 +412,7 @@ def parse_args(argv=None):
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
     g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, more time")
+    g.add_argument("--offload", action="store_true", help="keep the reference and the reward model in CPU memory while they are not asked: less GPU memory, more time (not on the CPU)")
     g.add_argument("--explain", action="store_true", help="play one step, of 3 queries x 4 answers unless told, and print it as a lesson; save nothing")
     g.add_argument("--dry-run", action="store_true", help="only say what memory these settings need and how long a step takes; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
@@ -403,6 +435,8 @@ def parse_args(argv=None):
         parser.error("--task and --template are for models that do not speak the embedded language: this one has its own Challenger's prompt")
     if args.game == "grpo" and args.pay != "minimax":
         parser.error("--pay is the Challenger's, and --game grpo has none")
+    if args.offload and args.device.startswith("cpu"):
+        parser.error("--offload frees a GPU's memory: on the CPU there is nothing to free")
     if args.data and args.game != "grpo":
         parser.error("--data is for --game grpo: in the other games the Challenger writes the queries")
     if args.reward == "math" and not args.data:
@@ -417,7 +451,7 @@ def main(argv=None):
     rng = random.Random(args.seed)
     config, dtype = read_config(args.model, args.revision), DTYPES[args.dtype]
     frozen = [config] + ([read_config(args.reward)] if names_model(args.reward) else [])
-    plan = memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute, frozen=frozen)
+    plan = memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute, frozen=frozen, offloaded=args.offload)
     if args.dry_run:
         print(f"{args.game} on {args.model}: {parameter_count(config):,} parameters, {args.dtype}")
     check_memory(plan, args.device, args.dry_run)
@@ -427,6 +461,9 @@ def main(argv=None):
     data = evaluate.read_data(args.data) if args.data else None
     draw = (lambda: rng.choice(data)[0]) if data else lambda: [{"role": "user", "content": language.draw(rng)}]
     referee = load_referee(args.reward, args.device, data, dtype)
+    if args.offload:
+        for frozen in [reference] + ([referee.model] if names_model(args.reward) else []):
+            offload(frozen)
     judge = None
     if args.game == "lsp" and args.quality > 0:
         judge = (QualityReward if args.judge == "expected" else WrittenQuality)(reference, tokenizer)
@@ -482,7 +519,8 @@ def main(argv=None):
     if done and args.reward == "exact":  # the scoreboard speaks of the embedded language
         queries = language.evaluation_set(args.eval_items)
         # Independent samples for the two: with one seed they would answer with the same luck.
-        rates = {name: evaluate.rate(m, tokenizer, queries, 2 * args.seed + i) for i, (name, m) in enumerate([("start", reference), ("now", model)])}
+        with resident(reference):
+            rates = {name: evaluate.rate(m, tokenizer, queries, 2 * args.seed + i) for i, (name, m) in enumerate([("start", reference), ("now", model)])}
         report = evaluate.report(rates, queries)
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         print("\n" + evaluate.table(report["scores"]))

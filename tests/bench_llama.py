@@ -107,7 +107,7 @@ def bench_step(folder, reward, flags, rounds):
     device, dtype = args.device, llama.DTYPES[args.dtype]
     config = llama.read_config(folder)
     plan = llama.memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute,
-                             frozen=[config, llama.read_config(reward)])
+                             frozen=[config, llama.read_config(reward)], offloaded=args.offload)
     cuda = torch.device(device).type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if cuda:
@@ -115,7 +115,10 @@ def bench_step(folder, reward, flags, rounds):
     model, tokenizer = llama.load(folder, device, dtype)
     model.recompute = args.recompute
     reference = copy.deepcopy(model).requires_grad_(False)
-    referee, judge = RewardModel(reward, device, dtype), QualityReward(reference, tokenizer)
+    referee = RewardModel(reward, device, dtype)
+    if args.offload:
+        llama.offload(reference), llama.offload(referee.model)
+    judge = QualityReward(reference, tokenizer)
     optimizer = llama.optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0, fused=True)
     generator, prompt = torch.Generator(device).manual_seed(0), selfplay.challenger_prompt(tokenizer)
 

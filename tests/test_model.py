@@ -216,6 +216,21 @@ def test_bfloat16_learns_in_float32(small):
         assert torch.allclose(p.float(), (old.float() - 50e-4), rtol=0.02, atol=1e-3) and not torch.equal(p, old)
 
 
+def test_an_offloaded_model_visits_its_device(small, monkeypatch):
+    """Copies of its weights are there for the length of a `with`; then they are home again, the very same ones."""
+    home = [p.data_ptr() for p in llama.offload(small).parameters()]
+    before = small.logits(torch.tensor([[3, 4]]))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **_: self.clone())  # as to a GPU: the copy lies elsewhere
+    with llama.resident(small):
+        assert not {p.data_ptr() for p in small.parameters()} & {*home}
+        monkeypatch.undo()
+        assert torch.equal(small.logits(torch.tensor([[3, 4]])), before)
+    assert [p.data_ptr() for p in small.parameters()] == home
+    with pytest.raises(ZeroDivisionError), llama.resident(small):
+        1 / 0
+    assert [p.data_ptr() for p in small.parameters()] == home
+
+
 def test_memory_plan_by_hand(small, monkeypatch):
     """Weights, gradients and AdamW's two numbers, four bytes each; bfloat16 adds masters; what cannot fit is refused in one line."""
     P = sum(p.numel() for p in small.parameters())
@@ -226,6 +241,10 @@ def test_memory_plan_by_hand(small, monkeypatch):
     half = llama.memory_plan(small.config, torch.bfloat16, 2, 8, 20, 512)
     assert (half["weights"], half["float32 masters"], half["frozen models"]) == (2 * P, 4 * P, 0)
     assert llama.memory_plan(small.config, torch.float32, 2, 8, 20, 512, recompute=True)["activations"] < plan["activations"]
+    assert llama.memory_plan(small.config, torch.float32, 2, 8, 20, 512, frozen=[small.config] * 2, offloaded=True)["frozen models"] == 4 * P  # one at a time
+    # There are no gradients while answers are sampled, and no cache while they are trained on.
+    stays = plan["weights"] + plan["optimizer"] + plan["frozen models"]
+    assert llama.most_memory(plan) == stays + max(plan["cache"], plan["gradients"] + plan["activations"] + plan["logits"])
     monkeypatch.setattr(llama, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match="try --dtype bfloat16"):
         llama.check_memory(plan, "cpu")

@@ -259,8 +259,8 @@ def test_the_lesson_is_the_real_step(tmp_path):
 @pytest.mark.parametrize("key", list(selfplay.WATCH))
 def test_each_trouble_is_said_once(key):
     """Each is said when its own figure turns bad, over a whole window, and never again."""
-    good = {"distinct": 1.0, "valid": 0.9, "spread": 0.4, "kl_solver": 0.05, "kl_challenger": 0.01, "cut": 0.0, "malformed": 0.0}
-    bad = good | {key: 0.0 if key in ("distinct", "valid", "spread") else 2.0}
+    good = {"distinct": 1.0, "valid": 0.9, "spread": 0.4, "kl_solver": 0.05, "kl_challenger": 0.01, "answer_cut": 0.0, "query_cut": 0.0, "malformed": 0.0, "agreement": 0.8}
+    bad = good | {key: 0.0 if key in ("distinct", "valid", "spread", "agreement") else 2.0}
     rows = lambda row, n: [{"step": i} | row for i in range(n)]
     said = set()
     assert selfplay.watch(rows(good, selfplay.WINDOW), said) == [] and selfplay.watch(rows(bad, selfplay.WINDOW - 1), said) == []
