@@ -4,6 +4,7 @@
     python evaluate.py runs/lsp-1 --against tiny         the same for both, and the win rate
     python evaluate.py runs/lsp-1 runs/grpo-1 --picture curves.png
     python evaluate.py MODEL --against BASE --instructions alpaca_eval.json --reward REWARD_MODEL
+    python evaluate.py report runs/lsp-1                 a run as a page for the browser: curves, games, answers
     python evaluate.py reproduce                         every game of both papers, and what they say of the claims
 
 MODEL is a folder in Hugging Face layout, a hub name, or the folder of a run (then its model, and its curves are drawn).
@@ -11,6 +12,8 @@ Held-out instructions of the embedded language; 95 % intervals.
 """
 import argparse
 import hashlib
+import html
+import itertools
 import json
 import math
 import sys
@@ -315,6 +318,187 @@ def iterates(folder):
 def is_real(name):
     """Is a model there that does not speak the embedded language? The games then have the papers' prompts and settings."""
     return (Path(name).is_dir() or is_hub_name(name)) and not language.spoken_by(model_folder(name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run as something to look at: `python evaluate.py report RUN...`
+
+INK = "#123456"  # stands in matplotlib's SVG for whatever colour the page's text has, light or dark
+COLOURS = ("#3b82f6", "#f97316", "#22a06b", "#d946a0", "#8b6f47", "#7c6cf0")  # of the runs; readable on white and on black
+GAMES_SIZE = 4_000_000  # characters of games in a report; with more, only every k-th step's stand in it
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --line: light-dark(#ddd, #3a3a3a); --soft: light-dark(#f6f6f4, #1e1e1e); --good: light-dark(#157347, #5fd39a); --bad: light-dark(#b02a37, #ff8a8a); }}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 76rem; background: light-dark(#fff, #141414); color: light-dark(#1b1b1b, #e4e4e4); }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; border-top: 1px solid var(--line); padding-top: 1rem; }}
+.panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .6rem; }}
+.panels svg {{ width: 100%; height: auto; }}
+.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .9rem; }} th, td {{ padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; }}
+tr + tr > * {{ border-top: 1px solid var(--line); }} .game {{ background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; margin: .6rem 0; overflow-wrap: anywhere; }}
+.right {{ color: var(--good); }} .wrong {{ color: var(--bad); }} .quiet {{ opacity: .7; font-size: .88rem; }} code {{ overflow-wrap: anywhere; }}
+input[type=range] {{ width: min(36rem, 100%); }} dot {{ display: inline-block; width: .8em; height: .8em; border-radius: 50%; }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+<script type="application/json" id="games">{games}</script>
+<script>
+const games = JSON.parse(document.getElementById("games").textContent), run = document.getElementById("run"), at = document.getElementById("at");
+const element = (tag, text, kind) => {{ const e = document.createElement(tag); e.textContent = text; if (kind) e.className = kind; return e; }};
+function show() {{  // textContent alone: nothing that a model wrote can become part of the page
+  const steps = games[run.value], line = steps[at.value], box = document.getElementById("shown");
+  document.getElementById("step").textContent = "step " + line.step;
+  box.replaceChildren(...line.games.map(game => {{
+    const card = element("div", "", "game");
+    card.append(element("strong", game.query ?? game.prompt));
+    if (game.valid === false) card.append(element("span", "  no such task: it has no right answer", "quiet"));
+    if (game.answers) {{
+      for (const a of [...game.answers].sort((x, y) => y.reward - x.reward || y.times - x.times))
+        card.append(element("div", (a.answer || "(nothing)") + (a.times > 1 ? "  x" + a.times : "") + "   reward " + a.reward + ", quality " + a.quality, a.reward > 0 ? "right" : "wrong"));
+      card.append(element("div", "the Challenger's advantage " + game.challenger_advantage, "quiet"));
+    }} else card.append(element("div", "people: " + game.answer, "right"), element("div", "opponent: " + game.rival, game.rival === game.answer ? "right" : "wrong"));
+    return card;
+  }}));
+}}
+if (run) {{
+  const choose = () => {{ at.max = games[run.value].length - 1; at.value = Math.min(at.value, at.max); show(); }};
+  run.addEventListener("change", choose); at.addEventListener("input", show); choose();
+}}
+</script></body></html>
+"""
+
+HOW_TO_READ = """
+<p><b>Reward</b> may fall while the model improves: the Challenger asks harder things. <b>Groups with spread</b> is the share of queries whose answers
+are not all equally good, the only ones that teach the Solver; near 0, nothing is learnt. <b>Well-formed queries</b> have a right answer at all; when
+fewer are, the Challenger has found that nonsense pays. <b>Distinct</b> and <b>similarity</b> say whether it repeats itself. <b>KL</b> is the distance
+from the start, nats a token. <b>Entropy</b> falls as a player grows sure; if it falls while greedy accuracy stands still, the model is being sharpened
+and learns nothing new. <b>Judge prefers the right answer</b>: one half is chance; when it falls, the judge and the truth part. In SPIN, <b>loss</b>
+begins each iteration at log 2 and both <b>log p</b> may fall: only the margin between them is trained.</p>"""
+
+
+def panel(key, data):
+    """One figure of several runs as SVG text. data: {run: its read_metrics}."""
+    import io
+    import matplotlib
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "font.family": "sans-serif", "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
+                         "xtick.color": INK, "ytick.color": INK, "font.size": 9}):
+        figure, axis = plt.subplots(figsize=(3.4, 2.3), layout="constrained")
+        for colour, d in zip(itertools.cycle(COLOURS), data.values()):
+            if key in d:
+                axis.plot(*thin(d["step"], d[key]), color=colour, alpha=0.2, linewidth=0.7)
+                axis.plot(*thin(d["step"], smooth(d[key], 20)), color=colour)
+        axis.set_title(PANELS[key], fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    svg = out.getvalue()
+    return svg[svg.index("<svg"):].replace(INK, "currentColor")
+
+
+def thin(x, y, most=400):
+    """At most so many points of a curve, evenly taken."""
+    k = math.ceil(len(x) / most)
+    return x[::k], y[::k]
+
+
+def read_games(run):
+    """(the games of a run: a list of a line's dicts, of every k-th line; k), small enough for a page."""
+    path = Path(run) / "games.jsonl"
+    if not path.is_file():
+        return [], 1
+    k = math.ceil(path.stat().st_size / GAMES_SIZE)
+    with open(path) as file:
+        lines = [line for i, line in enumerate(file) if i % k == 0 and line.endswith("\n")]
+    games = [json.loads(line) for line in lines]
+    return [{"step": line["step"], "games": line["games"][:64]} for line in games], k
+
+
+def write_report(runs, path, asked=12):
+    """One HTML file about one or several runs: scores, curves, games, the same instructions answered by every checkpoint, settings.
+
+    runs: run folders. asked: how many instructions (0: none, then no model is loaded). Needs nothing but the file itself to be looked at.
+    """
+    text = lambda value: html.escape(str(value))
+    settings = {run: json.loads((Path(run) / "settings.json").read_text()) for run in runs}
+    data = {run: read_metrics(run) for run in runs}
+    dot = {run: f'<dot style="background:{colour}"></dot> {text(Path(run).name)}' for run, colour in zip(runs, itertools.cycle(COLOURS))}
+    row = lambda cells, tag="td": "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+    rows = lambda lines: f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    body = ["<p>" + " &nbsp; ".join(f"{dot[run]}: {text(s.get('game', ''))} on {text(Path(s['model']).name)}, seed {s.get('seed')}, {len(data[run].get('step', []))} steps" for run, s in settings.items()) + "</p>"]
+    said = {run: (Path(run) / "warnings.txt").read_text().splitlines() for run in runs if (Path(run) / "warnings.txt").is_file()}
+    body.append("<h2>What the runs said</h2>" + "".join(f"<p>{dot[run]}: {text(line)}</p>" for run, lines in said.items() for line in lines) if said else "<p>No run gave a warning.</p>")
+    scores = {run: json.loads(file.read_text())["scores"] for run in runs if (file := Path(run) / "evaluation.json").is_file()}
+    if scores:
+        share = lambda v: "{:.1f} <span class=quiet>[{:.1f}, {:.1f}]</span>".format(*(100 * x for x in v))
+        lines = [row(["run", "", "kind", "n", "temperature 1, %", "greedy, %", "pass@8, %"], "th")]
+        for run, names in scores.items():
+            for name in (next(iter(names)), list(names)[-1]):
+                lines += [row([dot[run], text(name), text(kind), s["n"], share(s["sampled"]), share(s["greedy"]), share(s["pass@8"])]) for kind, s in names[name].items() if kind == "all" or len(runs) == 1]
+        body.append("<h2>Right answers on held-out instructions</h2>" + rows(lines))
+    panels = [key for key in PANELS if any(key in d for d in data.values())]
+    body.append('<h2>Curves</h2><div class="panels">' + "".join(f"<div>{panel(key, data)}</div>" for key in panels) + "</div>" + f"<h2>How to read this</h2>{HOW_TO_READ}")
+    games = {run: read_games(run) for run in runs}
+    games = {run: (lines, k) for run, (lines, k) in games.items() if lines}
+    if games:
+        thinned = max(k for _, k in games.values())
+        options = "".join(f'<option value="{text(run)}">{text(Path(run).name)}</option>' for run in games)
+        body.append(f'<h2>The games</h2><p><select id="run" aria-label="run">{options}</select> <input type="range" id="at" min="0" value="0" aria-label="step"> <span id="step"></span>'
+                    + (f' <span class="quiet">(only every {thinned}th step is on this page; all are in games.jsonl)</span>' if thinned > 1 else "") + '</p><div id="shown"></div>')
+    if asked:
+        body.append(asked_alike(runs, settings, games, asked, dot, row, rows))
+    keys = dict.fromkeys(k for s in settings.values() for k in s)
+    lines = [row(["", *dot.values()], "th")]
+    for key in keys:
+        values = [text(s.get(key, "")) for s in settings.values()]
+        lines.append(row([f"<code>{text(key)}</code>", *(f"<b>{v}</b>" if len(set(values)) > 1 else v for v in values)]))
+    body.append("<h2>Settings</h2>" + rows(lines))
+    data = json.dumps({run: lines for run, (lines, _) in games.items()}, ensure_ascii=False).replace("<", "\\u003c")  # no text of a game can end the script
+    title = text(", ".join(Path(run).name for run in runs))
+    Path(path).write_text(PAGE.format(title=title, body="\n".join(body), games=data))
+
+
+def asked_alike(runs, settings, games, asked, dot, row, rows):
+    """A table of the same instructions answered greedily by the start and every checkpoint of the runs, right ones coloured."""
+    text, columns, queries = lambda value: html.escape(str(value)), [], None
+    for run in runs:
+        for name, folder in [("start", settings[run]["model"]), *((folder.name, folder) for folder in iterates(Path(run)))]:
+            if name == "start" and any(folder == other for _, other, _ in columns):
+                continue  # several runs from one start
+            model, tokenizer = load(folder)
+            if queries is None:
+                first = next(iter(games.values()))[0][0]["games"] if games else []
+                queries = language.evaluation_set(asked) if language.spoken_by(tokenizer) else list(dict.fromkeys(g.get("query", g.get("prompt")) for g in first))[:asked]
+                if not queries:
+                    return ""
+            columns.append((name if name == "start" else f"{dot[run]}<br>{text(name)}", folder, [group[0] for group in answer(model, tokenizer, queries, 1, 0, max_new_tokens=settings[run]["answer_tokens"])]))
+    lines = [row(["", *(name for name, *_ in columns)], "th")]
+    for i, query in enumerate(queries):
+        right = language.solve(query)
+        kind = lambda a: "" if right is None else "right" if a == right else "wrong"
+        lines.append(row([text(query), *(f'<span class="{kind(answers[i])}">{text(answers[i] or "(nothing)")}</span>' for *_, answers in columns)]))
+    return f"<h2>The same instructions, answered by every checkpoint</h2>{rows(lines)}"
+
+
+def report_command(argv):
+    """`python evaluate.py report RUN...`: one HTML file that shows runs, for a browser, with nothing else needed."""
+    parser = argparse.ArgumentParser(prog="evaluate.py report", description=report_command.__doc__.split(": ")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("run", nargs="+", metavar="RUN", help="run folders; several are laid over each other")
+    parser.add_argument("--out", default=argparse.SUPPRESS, metavar="HTML", help="where to write; default: report.html in a single run's folder, or here for several runs")
+    parser.add_argument("--ask", type=number(int, zero=True), default=12, metavar="N", help="instructions that every checkpoint answers anew; 0 loads no model")
+    args = parser.parse_args(argv)
+    for run in args.run:
+        if not (Path(run) / "metrics.jsonl").is_file() or not (Path(run) / "settings.json").is_file():
+            raise UserError(f"{run}: no run's folder (it has no metrics.jsonl and settings.json)")
+    path = Path(getattr(args, "out", Path(args.run[0]) / "report.html" if len(args.run) == 1 else "report.html"))
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise UserError(f"--out {path}: expected a file's path in a folder that exists")
+    write_report(args.run, path, args.ask)
+    print(f"open it in a browser: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -627,11 +811,13 @@ def open_duel(args):
 
 
 def main(argv=None):
-    """The command line of the scoreboard: scores, a duel on open instructions, or `reproduce`."""
+    """The command line of the scoreboard: scores, a duel on open instructions, `report` or `reproduce`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["reproduce"]:
         return reproduce(argv[1:])
-    parser = argparse.ArgumentParser(description="How often is a model right, and how often does it beat another? `evaluate.py reproduce` is a command of its own.",
+    if argv[:1] == ["report"]:
+        return report_command(argv[1:])
+    parser = argparse.ArgumentParser(description="How often is a model right, and how often does it beat another? `evaluate.py report` and `evaluate.py reproduce` are commands of their own.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("model", nargs="+", metavar="MODEL", help="folder in Hugging Face layout, hub name, or run folder")
     parser.add_argument("--against", default=argparse.SUPPRESS, metavar="MODEL", help="also score this one, and the win rate of each MODEL against it")

@@ -16,7 +16,7 @@ One step, with N queries q_i of the Challenger and G answers a_ij of the Solver 
 LSP adds the judge's quality R_Q to every R of the Solver and its mean V_Q to the Challenger's pay, before the centring.
 One gradient step a batch, so the ratio pi/sg(pi) is 1 and only its gradient counts.
 
-What the paper leaves open, and what stands here: G 8; alpha_Ch 0.005 (more, and the Challenger runs ahead to what nobody
+What the paper leaves open, and what stands here: G 16; alpha_Ch 0.005 (more, and the Challenger runs ahead to what nobody
 can answer); advantages centred, not divided by their deviation; log-probabilities summed over tokens; temperature 1 for
 both; AdamW, learning rate falling to 0; a stronger KL for the Challenger. `-h` says how to change each.
 """
@@ -27,6 +27,7 @@ import math
 import random
 import sys
 import time
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ KL = {
 
 # Defaults for a model that does not speak the embedded language. The paper states queries, lr (1e-6 for GRPO), kl and at least
 # so many steps; the rest is ours.
-REAL = {"queries": 8, "lr": 3e-6, "kl": 0.05, "kl_challenger": 0.05, "steps": 1500, "alpha_ch": 0.1, "aggregate": "token",
+REAL = {"queries": 8, "answers": 8, "lr": 3e-6, "kl": 0.05, "kl_challenger": 0.05, "steps": 1500, "alpha_ch": 0.1, "aggregate": "token",
         "query_tokens": 256, "answer_tokens": 256, "micro_batch": 4096}
 
 
@@ -273,9 +274,13 @@ def watch(rows, said):
 
 
 def game_records(queries, answers, reward, quality, a_ch, valid):
-    """A step's games for games.jsonl, rounded to what a reader needs."""
-    return [{"query": q, "valid": v, "answers": a, "reward": r, "quality": [round(x, 3) for x in rq], "challenger_advantage": round(c, 3)}
-            for q, a, r, rq, c, v in zip(queries, answers, reward.tolist(), quality.tolist(), a_ch.tolist(), valid or [None] * len(queries))]
+    """A step's games for games.jsonl, rounded to what a reader needs; equal answers to a query are written once."""
+    records = []
+    for q, a, r, rq, c, v in zip(queries, answers, reward.tolist(), quality.tolist(), a_ch.tolist(), valid or [None] * len(queries)):
+        different = Counter(zip(a, (round(x, 3) for x in r), (round(x, 3) for x in rq)))
+        records.append({"query": q, "valid": v, "challenger_advantage": round(c, 3), "answers": [
+            {"answer": text, "times": times, "reward": reward, "quality": quality} for (text, reward, quality), times in different.items()]})
+    return records
 
 
 def game_text(step, query, answers, reward, quality, a_sol, pay, valid):
@@ -389,12 +394,12 @@ def parse_args(argv=None):
     g.add_argument("--pay", choices=list(PAY), default="minimax", help="what the Challenger is paid for a query (not in grpo)")
     g.add_argument("--steps", type=number(int), default=500, help="optimizer steps, one batch of games each")
     g.add_argument("--queries", type=number(int), default=32, metavar="N", help="queries a step")
-    g.add_argument("--answers", type=number(int), default=8, metavar="G", help="answers to each query")
+    g.add_argument("--answers", type=number(int), default=16, metavar="G", help="answers to each query; equal ones are computed once, so more of them cost little where answers are short")
     g.add_argument("--temperature", type=number(float), default=1.0, help="of sampling and of training alike")
     g.add_argument("--query-tokens", type=number(int), default=48, help="longest query (not in grpo)")
     g.add_argument("--answer-tokens", type=number(int), default=32, help="longest answer")
     g = parser.add_argument_group("the loss")
-    g.add_argument("--lr", type=number(float), default=7e-5, help="learning rate: it falls linearly from here to 0, after 20 steps of rising, as Adam's first ones are its noisiest")
+    g.add_argument("--lr", type=number(float), default=1.5e-4, help="learning rate: it falls linearly from here to 0, after 20 steps of rising, as Adam's first ones are its noisiest")
     g.add_argument("--alpha-ch", type=number(float, zero=True), default=0.005, help="weight of the Challenger's loss (not in grpo)")
     g.add_argument("--quality", type=number(float, zero=True), default=1.0, help="weight of the quality self-reward (lsp only)")
     g.add_argument("--judge", choices=["expected", "written"], default="expected", help="the quality self-reward: expected score of one forward pass, or a written verdict that is parsed (lsp only)")

@@ -204,6 +204,9 @@ def test_the_sampled_ids_are_the_trained_ids(tiny):
     assert [[tokenizer.decode(ids) for ids in group] for group in solver.completions] == answers
     assert solver.prompts == [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
     assert [c[-1] in model.end_ids for c in challenger.completions[0]] == challenger.finished
+    for player in (challenger, solver):  # what each is said to be unsure by
+        lp = torch.cat([logprobs(model, packed) for packed in pack(player.prompts, player.completions)])
+        assert player.entropy == pytest.approx(-lp.mean().item(), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,8 +227,12 @@ def test_two_steps_of_the_real_command(tmp_path, game):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     games = [json.loads(line) for line in (folder / "games.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2] and len(games) == 2 and len(games[0]["games"]) == 4
+    settings = json.loads((folder / "settings.json").read_text())
+    assert all(sum(a["times"] for a in game["answers"]) == settings["answers"] for line in games for game in line["games"])  # equal ones stand once
+    means = [sum(a["times"] * a["reward"] for game in line["games"] for a in game["answers"]) / 4 / settings["answers"] for line in games]
+    assert means == pytest.approx([row["reward"] for row in rows], abs=1e-3)
     assert ("quality" in rows[0]) == (game == "lsp") and ("loss_challenger" in rows[0]) == (game != "grpo")
-    assert json.loads((folder / "settings.json").read_text())["game"] == game
+    assert settings["game"] == game
     assert (folder / "curves.png").stat().st_size > 10000 and "win rate" in done.stdout
     trained, _ = load(folder / "model")
     start, _ = load(ROOT / "tiny")
@@ -254,6 +261,16 @@ def test_the_lesson_is_the_real_step(tmp_path):
     total, = re.findall(rf"of the step itself: {number}", out)
     assert float(total) == pytest.approx(printed[0] + 0.005 * printed[1], abs=1e-4)
     assert re.search(r"A \+\d.*log pi +(\S+) -> +(?!\1)", out)  # the step changed something
+
+
+def test_similarity_and_agreement_by_hand():
+    """Three-letter pieces in common; and right before wrong, within a group alone."""
+    assert selfplay.similarity(["abcd", "abce"]) == pytest.approx(1 / 3)  # abc; bcd; bce
+    assert selfplay.similarity(["abcd", "abce", "x"]) == pytest.approx(1 / 9)
+    assert selfplay.similarity(["", "", ""]) == 1 and selfplay.similarity(["alone"]) == 0
+    reward, quality = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 0]]), torch.tensor([[0.5, 0.2, 0.9], [0.4, 0.1, 0.1], [1, 2, 3]])
+    assert selfplay.agreement(reward, quality) == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert selfplay.agreement(reward[2:], quality[2:]) is None
 
 
 @pytest.mark.parametrize("key", list(selfplay.WATCH))
