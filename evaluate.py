@@ -336,8 +336,9 @@ h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; border
 .panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .6rem; }}
 .panels svg {{ width: 100%; height: auto; }}
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .9rem; }} th, td {{ padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; }}
-tr + tr > * {{ border-top: 1px solid var(--line); }} .game {{ background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; margin: .6rem 0; overflow-wrap: anywhere; }}
-.right {{ color: var(--good); }} .wrong {{ color: var(--bad); }} .quiet {{ opacity: .7; font-size: .88rem; }} code {{ overflow-wrap: anywhere; }}
+tr + tr > * {{ border-top: 1px solid var(--line); }} #shown {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: .6rem; max-height: 42rem; overflow-y: auto; }}
+.game {{ background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; overflow-wrap: anywhere; }}
+.right {{ color: var(--good); }} .wrong {{ color: var(--bad); }} .quiet {{ opacity: .7; font-size: .88rem; }} .line {{ white-space: nowrap; }} code {{ overflow-wrap: anywhere; }}
 input[type=range] {{ width: min(36rem, 100%); }} dot {{ display: inline-block; width: .8em; height: .8em; border-radius: 50%; }}
 </style></head><body>
 <h1>{title}</h1>
@@ -426,7 +427,7 @@ def write_report(runs, path, asked=12):
     text = lambda value: html.escape(str(value))
     settings = {run: json.loads((Path(run) / "settings.json").read_text()) for run in runs}
     data = {run: read_metrics(run) for run in runs}
-    dot = {run: f'<dot style="background:{colour}"></dot> {text(Path(run).name)}' for run, colour in zip(runs, itertools.cycle(COLOURS))}
+    dot = {run: f'<span class="line"><dot style="background:{colour}"></dot> {text(Path(run).name)}</span>' for run, colour in zip(runs, itertools.cycle(COLOURS))}
     row = lambda cells, tag="td": "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
     rows = lambda lines: f'<div class="wide"><table>{"".join(lines)}</table></div>'
     body = ["<p>" + " &nbsp; ".join(f"{dot[run]}: {text(s.get('game', ''))} on {text(Path(s['model']).name)}, seed {s.get('seed')}, {len(data[run].get('step', []))} steps" for run, s in settings.items()) + "</p>"]
@@ -434,7 +435,7 @@ def write_report(runs, path, asked=12):
     body.append("<h2>What the runs said</h2>" + "".join(f"<p>{dot[run]}: {text(line)}</p>" for run, lines in said.items() for line in lines) if said else "<p>No run gave a warning.</p>")
     scores = {run: json.loads(file.read_text())["scores"] for run in runs if (file := Path(run) / "evaluation.json").is_file()}
     if scores:
-        share = lambda v: "{:.1f} <span class=quiet>[{:.1f}, {:.1f}]</span>".format(*(100 * x for x in v))
+        share = lambda v: '<span class="line">{:.1f} <span class="quiet">[{:.1f}, {:.1f}]</span></span>'.format(*(100 * x for x in v))
         lines = [row(["run", "", "kind", "n", "temperature 1, %", "greedy, %", "pass@8, %"], "th")]
         for run, names in scores.items():
             for name in (next(iter(names)), list(names)[-1]):
@@ -467,8 +468,8 @@ def asked_alike(runs, settings, games, asked, dot, row, rows):
     text, columns, queries = lambda value: html.escape(str(value)), [], None
     for run in runs:
         for name, folder in [("start", settings[run]["model"]), *((folder.name, folder) for folder in iterates(Path(run)))]:
-            if name == "start" and any(folder == other for _, other, _ in columns):
-                continue  # several runs from one start
+            if name == "start" and (not Path(folder).is_dir() or any(folder == other for _, other, _ in columns)):
+                continue  # a start that is not here from where we stand, or one that another run began from too
             model, tokenizer = load(folder)
             if queries is None:
                 first = next(iter(games.values()))[0][0]["games"] if games else []

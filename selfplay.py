@@ -512,6 +512,8 @@ def main(argv=None):
                 done, recent = step, [*recent, row][-WINDOW:]
                 for sentence in watch(recent, said):
                     bar.write(sentence)
+                    with open(folder / "warnings.txt", "a") as file:
+                        file.write(sentence + "\n")
                 bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
                 if step % args.show_every == 0 or step == 1:
                     bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))
