@@ -16,12 +16,16 @@ import html
 import itertools
 import json
 import math
+import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from model import DTYPES, UserError, check_device, generate, groups, is_hub_name, load, number, run_command
+from model import DTYPES, UserError, check_device, generate, groups, is_hub_name, load, number, previous, read_state, run_command
 from rewards import ExactReward, PairJudge, judged, load_referee
 from tiny import language
 
@@ -192,6 +196,98 @@ def read_data(path):
     return pairs
 
 
+CHECKPOINT = "checkpoint.safetensors"  # in a run's folder, until the run is at its end
+
+
+def resumed(run, game, defaults):
+    """The settings of the run that --resume names (its folder, or a checkpoint in it), as argparse would give them.
+
+    game: whose command this is, by its names of games. defaults: a Namespace, for settings that the run's version did not know.
+    Raises UserError.
+    """
+    folder = Path(run).parent if Path(run).is_file() else Path(run)
+    if not (folder / "settings.json").is_file():
+        raise UserError(f"--resume {run}: no run's folder (it has no settings.json)")
+    settings = _settings(folder)
+    if settings.get("game") not in game:
+        raise UserError(f"--resume {run}: this was a game of {settings.get('game')}: resume it with the other command")
+    if not any((folder / name).is_file() for name in (CHECKPOINT, CHECKPOINT + ".previous")):
+        raise UserError(f"--resume {run}: there is no checkpoint: it is at its end, or was stopped before its first one")
+    settings.pop("torch", None)
+    return argparse.Namespace(**vars(defaults) | settings | {"resume": run})
+
+
+def _settings(folder):
+    try:
+        return dict(json.loads((folder / "settings.json").read_text()))
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{folder / 'settings.json'}: not readable ({error})") from None
+
+
+def reopen(run, settings):
+    """(folder, facts, tensors) of the run that --resume names. A checkpoint named itself becomes the run's, in place of a damaged one.
+
+    settings: as `resumed` gave them; a checkpoint of others is refused. Raises UserError.
+    """
+    run = Path(run)
+    folder = run.parent if run.is_file() else run
+    path = run if run.is_file() else folder / CHECKPOINT
+    if not path.is_file() and previous(folder / CHECKPOINT).is_file():  # killed between two renames: the one before is the last
+        path = previous(folder / CHECKPOINT)
+    facts, tensors = read_state(path)
+    if facts.get("settings") != {k: v for k, v in settings.items() if k != "resume"}:
+        raise UserError(f"{path}: of a run with other settings than {folder / 'settings.json'} says")
+    if path.name != CHECKPOINT:
+        path.replace(folder / CHECKPOINT)
+    return folder, facts, tensors
+
+
+def lock(folder):
+    """Make this the only process on a run's folder, for as long as the returned file stays open. Raises UserError."""
+    import fcntl
+    file = open(folder / "settings.json")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{folder}: another process is playing this run") from None
+    return file
+
+
+def log(folder, name, size=0):
+    """A run's .jsonl file, open for appending: what is beyond `size` bytes, from after a checkpoint, is cut off first."""
+    path = folder / name
+    path.touch()
+    os.truncate(path, min(size, path.stat().st_size))
+    return open(path, "a", 1)
+
+
+def end(folder):
+    """A run is at its end: nothing is left to go on with."""
+    for path in (folder / CHECKPOINT, previous(folder / CHECKPOINT)):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def stop_asked():
+    """A list that is no longer empty once Ctrl-C (or SIGTERM) asked to stop: then finish the step, save, and stop. A second Ctrl-C stops at once."""
+    asked = []
+
+    def ask(*_):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        print("\nstopping after this step (Ctrl-C again: at once, the last checkpoint stays)", file=sys.stderr)
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may listen to signals
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def new_run(name, game, settings):
     """Make runs/<name> and write settings.json; without a name, runs/<game>-<next free number>. Never an existing folder."""
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
@@ -204,7 +300,8 @@ def new_run(name, game, settings):
             break
         except FileExistsError:
             if name:
-                raise UserError(f"{folder} exists already: choose another --run, nothing was touched") from None
+                go_on = f", or --resume {folder} to go on with it" if (folder / CHECKPOINT).is_file() else ""
+                raise UserError(f"{folder} exists already: choose another --run{go_on}; nothing was touched") from None
             number += 1
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error.strerror}") from None
@@ -309,9 +406,9 @@ def model_folder(name):
 
 def iterates(folder):
     """The models of a run in order: SPIN's whole iterates, or the one model of another game."""
-    if (folder / "model").is_dir():
+    if (folder / "model" / "model.safetensors").is_file():
         return [folder / "model"]
-    whole = [p for p in folder.glob("iteration-*") if p.name.removeprefix("iteration-").isdigit()]
+    whole = [p for p in folder.glob("iteration-*") if p.name.removeprefix("iteration-").isdigit() and (p / "model.safetensors").is_file()]
     return sorted(whole, key=lambda p: int(p.name.removeprefix("iteration-")))
 
 
@@ -553,7 +650,6 @@ def run_method(out, method, seed, start, commands, children):
 
     children: a set that holds the process while it runs, for Ctrl-C to end.
     """
-    import os
     import subprocess
     command, after = commands[method]
     folder = out / "runs" / f"{slug(method)}-s{seed}"
@@ -730,7 +826,6 @@ def reproduce_picture(r, path):
 
 def reproduce(argv):
     """`python evaluate.py reproduce`: all games of both papers on the embedded default, and what they say of the papers' claims."""
-    import os
     from concurrent.futures import ThreadPoolExecutor
 
     from tqdm import tqdm

@@ -14,11 +14,13 @@ Shapes: B rows, T positions, S cached positions, D width, H heads, K key-value h
 N prompts, G completions a prompt, n completion tokens of a batch.
 """
 import argparse
+import errno
 import json
 import math
 import re
 import shutil
 import sys
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -44,12 +46,17 @@ class UserError(Exception):
 
 
 def run_command(main):
-    """Run a command's main: a UserError becomes one line on stderr. Returns the exit code: 0, 2, or 130 after Ctrl-C."""
+    """Run a command's main: a UserError, or a full disk, becomes one line on stderr. Returns the exit code: 0, 2, or 130 after Ctrl-C."""
     try:
         main()
         return 0
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: no room left for {error.filename or 'what was to be written'} ({error.strerror}); the last checkpoint is whole", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -507,9 +514,103 @@ def optimizer_for(model, kind, **settings):
     return optimizer
 
 
+def weights_of(optimizer):
+    return [w for group in optimizer.param_groups for w in group["params"]]
+
+
 def clip(optimizer, largest):
-    """Scale the gradients of an optimizer's weights down to a norm of `largest`; returns their norm before."""
-    return torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], largest).item()
+    """Scale the gradients of an optimizer's weights down to a norm of `largest`; returns their norm before.
+
+    Raises FloatingPointError where that is not finite: the step must not be taken then.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(weights_of(optimizer), largest).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    return norm
+
+
+def set_rate(optimizer, lr):
+    """Learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def save_state(path, optimizer, generator, facts, **tensors):
+    """Write a checkpoint, one safetensors file: weights, optimizer, the generator's state, `facts` (JSON) and other tensors.
+
+    Written beside its place and renamed; the one that was there becomes <name>.previous. A kill at any moment leaves a whole one.
+    Raises UserError where it cannot be written; what was there before stays.
+    """
+    path = Path(path)
+    tensors = tensors | {"generator": generator.get_state()} | {f"weight.{i}": w for i, w in enumerate(weights_of(optimizer))}
+    tensors |= {f"optimizer.{i}.{name}": value for i, own in optimizer.state_dict()["state"].items() for name, value in own.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    new = path.with_name(path.name + ".new")
+    try:
+        save_file(tensors, new, metadata={"facts": json.dumps(facts), "checksum": str(_checksum(tensors))})
+        if path.exists():
+            path.replace(previous(path))
+        new.replace(path)
+    except (OSError, SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({_line(error)}); the last checkpoint is whole") from None
+
+
+def previous(path):
+    """Where the checkpoint before the one at `path` is."""
+    return path.with_name(path.name + ".previous")
+
+
+def read_state(path):
+    """(facts, tensors) of a checkpoint. Raises UserError for one that is missing, cut short or damaged, and offers the one before."""
+    path = Path(path)
+    other = previous(path) if previous(path).is_file() else None
+    offer = f"; the one before it is here: --resume {other}" if other else ""
+    if not path.is_file():
+        raise UserError(f"{path}: no checkpoint{offer}")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        facts, whole = json.loads(metadata["facts"]), metadata["checksum"] == str(_checksum(tensors))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: cut short or no checkpoint ({_line(error)}){offer}") from None
+    if not whole:
+        raise UserError(f"{path}: damaged, its checksum is another{offer}")
+    return facts, tensors
+
+
+def load_state(model, optimizer, generator, tensors):
+    """Put a checkpoint's tensors back: weights, optimizer, generator. The model's weights follow from the optimizer's."""
+    weights = weights_of(optimizer)
+    if [list(w.shape) for w in weights] != [list(tensors[f"weight.{i}"].shape) for i in range(len(weights)) if f"weight.{i}" in tensors]:
+        raise UserError("the checkpoint is of another model")
+    with torch.no_grad():
+        for i, w in enumerate(weights):
+            w.copy_(tensors[f"weight.{i}"])
+        for own, w in zip(model.parameters(), weights):
+            if own is not w:  # bfloat16: the optimizer's are the float32 masters
+                own.copy_(w)
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    generator.set_state(tensors["generator"])
+
+
+def _checksum(tensors):
+    """CRC-32 of names and bytes."""
+    check = 0
+    for name in sorted(tensors):
+        check = zlib.crc32(name.encode(), check)
+        check = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), check)
+    return check
+
+
+def fingerprint(model):
+    """A number that changes when a model's weights do: CRC-32 of the beginning of each."""
+    return _checksum({name: p.detach().flatten()[:256].cpu().contiguous() for name, p in model.named_parameters()})
 
 
 def offload(model):
@@ -819,18 +920,28 @@ def _fetch(name, revision, files):
 
 
 def save(model, folder):
-    """Write a loaded model, and the tokenizer files of the folder it came from, to a folder in Hugging Face layout."""
-    folder = Path(folder)
+    """Write a loaded model, and the tokenizer files of the folder it came from, to a folder in Hugging Face layout.
+
+    The weights come last and by renaming: where a model.safetensors is, it is whole. Raises UserError where it cannot be written.
+    """
+    try:
+        _save(model, Path(folder))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written ({_line(error)})") from None
+
+
+def _save(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for ours, parts in _weight_map(model.config).items():
-        weight = model.get_parameter(ours).detach().cpu()
-        split = weight.split(list(parts.values())) if len(parts) > 1 else [weight]
-        tensors |= {name: piece.contiguous().clone() for name, piece in zip(parts, split)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     raw = model.raw | {"torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in model.raw else {})  # newer transformers read dtype
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json"):
         if (model.folder / name).is_file() and model.folder.resolve() != folder.resolve():
             shutil.copyfile(model.folder / name, folder / name)
+    tensors = {}
+    for ours, parts in _weight_map(model.config).items():
+        weight = model.get_parameter(ours).detach().cpu()
+        split = weight.split(list(parts.values())) if len(parts) > 1 else [weight]
+        tensors |= {name: piece.contiguous().clone() for name, piece in zip(parts, split)}
+    save_file(tensors, folder / "model.safetensors.new", metadata={"format": "pt"})
+    (folder / "model.safetensors.new").replace(folder / "model.safetensors")

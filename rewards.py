@@ -13,8 +13,13 @@ A referee is any callable (queries, answers) -> Tensor [N, G]:
 PairJudge, which compares two answers, is for evaluation alone.
 """
 import copy
+import functools
 import importlib.util
 import re
+import signal
+import threading
+import traceback
+from contextlib import contextmanager
 from fractions import Fraction
 from os.path import commonprefix
 from pathlib import Path
@@ -247,9 +252,44 @@ def names_model(spec):
     return ":" not in spec and (Path(spec).is_dir() or is_hub_name(spec))
 
 
-def load_referee(spec, device="cpu", data=None, dtype=torch.float32):
+@contextmanager
+def time_limit(seconds, what):
+    """Raise UserError once `seconds` have passed inside this `with`. Only the main thread can be stopped so, and only between two lines of Python."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_):
+        raise UserError(f"{what} took longer than {seconds:g} seconds: mend it, or give it a larger --reward-timeout")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def guarded(function, seconds):
+    """A user's reward, whose own errors, and whose taking longer than `seconds`, become a UserError of one line."""
+    name = getattr(function, "__name__", type(function).__name__)
+
+    @functools.wraps(function)
+    def reward(queries, answers):
+        try:
+            with time_limit(seconds, f"the reward {name}"):
+                return function(queries, answers)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the user's code may raise
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(f"the reward {name} failed: {type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})") from error
+    return reward
+
+
+def load_referee(spec, device="cpu", data=None, dtype=torch.float32, timeout=600.0):
     """The referee that --reward names: "exact", "math" (against data's known answers), "file.py:function", or a reward model's
-    folder or hub name. Raises UserError. A file's code is run: name only files you trust.
+    folder or hub name. Raises UserError. A file's code is run: name only files you trust; it has `timeout` seconds for a step.
     """
     if spec == "exact":
         return ExactReward()
@@ -272,7 +312,7 @@ def load_referee(spec, device="cpu", data=None, dtype=torch.float32):
         raise UserError(f"--reward {spec}: {path} does not load ({error})") from None
     if not callable(getattr(module, name, None)):
         raise UserError(f"--reward {spec}: {path} has no function {name!r}")
-    return getattr(module, name)
+    return guarded(getattr(module, name), timeout)
 
 
 def judged(referee, queries, answers):

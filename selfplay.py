@@ -34,8 +34,8 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from model import (DTYPES, check_device, check_memory, clip, generate, groups, load, logprobs, memory_plan, number, offload, optimizer_for, pack,
-                   parameter_count, read_config, resident, run_command, save)
+from model import (DTYPES, UserError, check_device, check_memory, clip, fingerprint, generate, groups, load, load_state, logprobs, memory_plan, number,
+                   offload, optimizer_for, pack, parameter_count, read_config, resident, run_command, save, save_state, set_rate)
 from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model
 from tiny import language
 
@@ -263,13 +263,13 @@ WATCH = {
 
 
 def watch(rows, said):
-    """What has gone wrong in the last WINDOW rows of metrics.jsonl and is not in `said` (a set) yet: a list of sentences."""
+    """What has gone wrong in the last WINDOW rows of metrics.jsonl and is not in `said` {key: sentence} yet: a list of sentences."""
     found = []
     for key, (bad, sentence) in WATCH.items():
         values = [row[key] for row in rows if key in row]
         if len(rows) == WINDOW and values and key not in said and bad(sum(values) / len(values)):
-            said.add(key)
-            found.append(f"step {rows[-1]['step']}: {sentence} ({key} is {sum(values) / len(values):.2f} over the last {WINDOW} steps)")
+            said[key] = f"step {rows[-1]['step']}: {sentence} ({key} is {sum(values) / len(values):.2f} over the last {WINDOW} steps)"
+            found.append(said[key])
     return found
 
 
@@ -311,8 +311,7 @@ def explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge
 
     A few steps are played before it, unseen: at the very start policy and reference are the same, and every KL is 0.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr  # no rising: a step should show
+    set_rate(optimizer, args.lr)  # no rising: a step should show
     for lesson in [False] * 5 + [True]:
         queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
         reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args)
@@ -388,6 +387,7 @@ def parse_args(argv=None):
     g.add_argument("--model", default="tiny", help="folder in Hugging Face layout, a run's folder, or a hub name")
     g.add_argument("--revision", default=None, help="branch, tag or commit of a hub model")
     g.add_argument("--reward", default="exact", help="who judges answers: exact (the embedded language's solver), math (the last number of an answer, against --data's), file.py:function, or a reward model's folder or hub name")
+    g.add_argument("--reward-timeout", type=number(float), default=600.0, help="seconds after which a reward of your own (file.py:function) is given up")
     g.add_argument("--data", default=None, metavar="FILE", help='for grpo: instructions from JSONL with "prompt" or "question", and "answer"; none: the embedded language\'s')
     g.add_argument("--task", default=None, help="what the Challenger is to write an input for (only for a model that does not speak the embedded language); none: its own judgement")
     g.add_argument("--template", default=None, help="a form with placeholders for the Challenger to fill in (only for a model that does not speak the embedded language)")
@@ -412,6 +412,9 @@ def parse_args(argv=None):
     g = parser.add_argument_group("the run")
     g.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of everything random")
     g.add_argument("--run", default=argparse.SUPPRESS, help="name of the run's folder below runs/; default: the game and the next free number")
+    g.add_argument("--resume", default=argparse.SUPPRESS, metavar="RUN", help="go on with a run that was stopped or killed, by its own settings: no other flag beside it")
+    g.add_argument("--save-every", type=number(int), default=50, help="steps between checkpoints, which --resume goes on from; Ctrl-C makes one, too")
+    g.add_argument("--games-every", type=number(int), default=1, help="of how many steps one has its games written to games.jsonl")
     g.add_argument("--show-every", type=number(int), default=100, help="print one game every so many steps")
     g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score before and after (with --reward exact)")
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
@@ -422,6 +425,10 @@ def parse_args(argv=None):
     g.add_argument("--dry-run", action="store_true", help="only say what memory these settings need and how long a step takes; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
+    if hasattr(args, "resume"):
+        if len(sys.argv[1:] if argv is None else argv) > 1 + ("=" not in (argv or sys.argv[1:])[0]):
+            parser.error("--resume goes on by the run's own settings: leave all other flags out")
+        return evaluate.resumed(args.resume, ("lsp", "lsp-zero", "grpo"), parser.parse_args([]))
     real = evaluate.is_real(args.model)
     if real:
         parser.set_defaults(**REAL | ({"lr": 1e-6} if args.game == "grpo" else {}))
@@ -465,7 +472,7 @@ def main(argv=None):
     prompt = None if args.game == "grpo" else challenger_prompt(tokenizer, args.task, args.template)
     data = evaluate.read_data(args.data) if args.data else None
     draw = (lambda: rng.choice(data)[0]) if data else lambda: [{"role": "user", "content": language.draw(rng)}]
-    referee = load_referee(args.reward, args.device, data, dtype)
+    referee = load_referee(args.reward, args.device, data, dtype, args.reward_timeout)
     if args.offload:
         for frozen in [reference] + ([referee.model] if names_model(args.reward) else []):
             offload(frozen)
@@ -474,55 +481,77 @@ def main(argv=None):
         judge = (QualityReward if args.judge == "expected" else WrittenQuality)(reference, tokenizer)
     model.recompute = args.recompute
     optimizer = optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 20, 1 - i / args.steps))
+    set_rate(optimizer, args.lr / 20)
     if args.dry_run:
         for name in ("first", "second"):
-            began = time.time()
+            began = time.perf_counter()
             queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
             _, _, a_sol, a_ch = score(queries, answers, referee, judge, args)
             update(model, reference, optimizer, sides(solver, challenger, a_sol, a_ch, args), args)
-            print(f"{name} step: {time.time() - began:.2f} seconds")
-        print(f"{args.steps} steps like the second: {args.steps * (time.time() - began) / 60:.1f} minutes; nothing was saved")
+            print(f"{name} step: {time.perf_counter() - began:.2f} seconds")
+        print(f"{args.steps} steps like the second: {args.steps * (time.perf_counter() - began) / 60:.1f} minutes; nothing was saved")
         return
     if args.explain:
         return explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge, args, generator)
-    folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
+    settings = {k: v for k, v in vars(args).items() if k != "resume"}
+    if hasattr(args, "resume"):
+        folder, facts, tensors = evaluate.reopen(args.resume, settings)
+        if facts["start"] != fingerprint(model):
+            raise UserError(f"{args.model} is not the model that this run began from: the KL and the judge would change")
+        load_state(model, optimizer, generator, tensors)
+        rng.setstate((facts["rng"][0], tuple(facts["rng"][1]), facts["rng"][2]))
+    else:
+        folder = evaluate.new_run(getattr(args, "run", None), args.game, settings)
+        facts = {"step": 0, "start": fingerprint(model), "said": {}, "recent": [], "metrics": 0, "games": 0}
+    lock = evaluate.lock(folder)  # held until this process ends
+    done, recent, said = facts["step"], facts["recent"], facts["said"]
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, into {folder}")
+          f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, " + (f"on from step {done} of {folder}" if done else f"into {folder}"))
     print("the losses in metrics.jsonl stay near 0: the ratio is 1 and advantages are centred, so only KL is left; their gradient is not 0")
 
-    began, bar = time.time(), tqdm(range(1, args.steps + 1), unit="step", disable=None, dynamic_ncols=True)
-    done, recent, said = 0, [], set()
-    with open(folder / "metrics.jsonl", "w", 1) as metrics_file, open(folder / "games.jsonl", "w", 1) as games_file:
-        try:
-            for step in bar:
-                step_began = time.time()
-                queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
-                reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args)
-                players = sides(solver, challenger, a_sol, a_ch, args)
-                losses, norm = update(model, reference, optimizer, players, args)
-                schedule.step()
+    began, first = time.perf_counter(), done + 1
+    with (evaluate.log(folder, "metrics.jsonl", facts["metrics"]) as metrics_file, evaluate.log(folder, "games.jsonl", facts["games"]) as games_file,
+          evaluate.stop_asked() as asked, tqdm(range(first, args.steps + 1), initial=done, total=args.steps, unit="step", disable=None, dynamic_ncols=True) as bar):
+        def checkpoint():
+            save_state(folder / evaluate.CHECKPOINT, optimizer, generator, {
+                "settings": settings, "start": facts["start"], "step": done, "rng": rng.getstate(), "said": said, "recent": recent,
+                "metrics": metrics_file.tell(), "games": games_file.tell()})
 
-                valid = referee.valid(queries) if hasattr(referee, "valid") else None
-                row = measure(queries, solver, challenger, reward, quality if judge else None, valid, losses, norm)
-                row |= {"malformed": judge.malformed} if hasattr(judge, "malformed") else {}  # share of verdicts without a score
-                row = {"step": step} | row | {"seconds": time.time() - step_began}
-                metrics_file.write(json.dumps(row) + "\n")
-                games_file.write(json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n")
-                done, recent = step, [*recent, row][-WINDOW:]
-                for sentence in watch(recent, said):
-                    bar.write(sentence)
-                    with open(folder / "warnings.txt", "a") as file:
-                        file.write(sentence + "\n")
-                bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
-                if step % args.show_every == 0 or step == 1:
-                    bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))
-        except KeyboardInterrupt:
-            bar.write(f"stopped after step {done}; saving what there is")
-        finally:
-            bar.close()
-            save(model, folder / "model")
-    print(f"\n{done} steps in {(time.time() - began) / 60:.1f} minutes; the model is in {folder / 'model'}")
+        for step in bar:
+            step_began = time.perf_counter()
+            set_rate(optimizer, args.lr * min(step / 20, 1 - (step - 1) / args.steps))
+            queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
+            reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args)
+            players = sides(solver, challenger, a_sol, a_ch, args)
+            valid = referee.valid(queries) if hasattr(referee, "valid") else None
+            games = json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n"
+            try:
+                losses, norm = update(model, reference, optimizer, players, args)
+            except FloatingPointError as error:
+                (folder / "not-finite.json").write_text(games)
+                raise UserError(f"step {step}: {error}; the step was not taken, its games are in {folder / 'not-finite.json'}, the last checkpoint is whole") from None
+
+            row = measure(queries, solver, challenger, reward, quality if judge else None, valid, losses, norm)
+            row |= {"malformed": judge.malformed} if hasattr(judge, "malformed") else {}  # share of verdicts without a score
+            row = {"step": step} | row | {"seconds": time.perf_counter() - step_began}
+            metrics_file.write(json.dumps(row) + "\n")
+            if step % args.games_every == 0 or step == 1:
+                games_file.write(games)
+            done, recent = step, [*recent, row][-WINDOW:]
+            for sentence in watch(recent, said):
+                bar.write(sentence)
+                (folder / "warnings.txt").write_text("".join(line + "\n" for line in said.values()))
+            bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
+            if step % args.show_every == 0 or step == 1:
+                bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))
+            if step % args.save_every == 0 or asked or step == args.steps:
+                checkpoint()
+            if asked:
+                break
+    save(model, folder / "model")
+    if done < args.steps:
+        print(f"stopped after step {done}; saved what there is: python selfplay.py --resume {folder} goes on")
+    print(f"\n{done - first + 1} steps in {(time.perf_counter() - began) / 60:.1f} minutes; the model is in {folder / 'model'}")
     if done and args.reward == "exact":  # the scoreboard speaks of the embedded language
         queries = language.evaluation_set(args.eval_items)
         # Independent samples for the two: with one seed they would answer with the same luck.
@@ -533,7 +562,10 @@ def main(argv=None):
         print("\n" + evaluate.table(report["scores"]))
         print(evaluate.win_line(report["win_rate"]["now"]))
     if evaluate.draw([folder], folder / "curves.png"):
-        print(f"look at it: {folder / 'curves.png'}; every game: {folder / 'games.jsonl'}")
+        print(f"look at it: {folder / 'curves.png'}; every game: {folder / 'games.jsonl'}; as a page: python evaluate.py report {folder}")
+    if done == args.steps:
+        evaluate.end(folder)
+    lock.close()
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (DTYPES, check_device, check_memory, clip, generate, groups, load, logprobs, memory_plan, number, optimizer_for, pack,
-                   read_config, run_command, save)
+from model import (DTYPES, UserError, check_device, check_memory, clip, fingerprint, generate, groups, load, load_state, logprobs, memory_plan, number,
+                   optimizer_for, pack, read_config, run_command, save, save_state, set_rate)
 from tiny import language
 
 # The loss of a margin: any convex, falling function will do (SPIN section 4.1).
@@ -160,24 +160,25 @@ def sft_gradients(player, pairs, args):
     return {"loss": total, "logprob_answer": -total * tokens / len(pairs)}
 
 
-def train(player, pairs, ref, lam, lr, args, rng):
+def train(player, pairs, ref, lam, lr, optimizer, args, rng, begin=0):
     """Train the player for args.epochs over the pairs, ref [M, 2] (None for sft): yields each update's figures.
 
-    RMSProp without weight decay, learning rate rising over the first tenth and then falling to 0, as in the paper.
+    The learning rate rises to lr over the first tenth and then falls to 0, as in the paper. begin: updates that were made before.
     """
-    updates = args.epochs * math.ceil(len(pairs) / args.batch)
-    optimizer = optimizer_for(player, torch.optim.RMSprop, lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / (0.1 * updates), (updates - i) / (0.9 * updates), 1.0))
-    for _ in range(args.epochs):
-        order = rng.sample(range(len(pairs)), len(pairs))
-        for batch in groups(order, args.batch):
-            began, chosen = time.time(), [pairs[i] for i in batch]
-            row = sft_gradients(player, chosen, args) if ref is None else spin_gradients(player, chosen, ref[batch], lam, args)
-            row["gradient_norm"] = clip(optimizer, args.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            yield row | {"seconds": time.time() - began}
+    batches = [batch for _ in range(args.epochs) for batch in groups(rng.sample(range(len(pairs)), len(pairs)), args.batch)]
+    for i, batch in list(enumerate(batches))[begin:]:
+        began, chosen = time.perf_counter(), [pairs[j] for j in batch]
+        set_rate(optimizer, lr * min((i + 1) / (0.1 * len(batches)), (len(batches) - i) / (0.9 * len(batches)), 1.0))
+        row = sft_gradients(player, chosen, args) if ref is None else spin_gradients(player, chosen, ref[batch], lam, args)
+        row["gradient_norm"] = clip(optimizer, args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield row | {"seconds": time.perf_counter() - began}
+
+
+def rmsprop(player, lr):
+    """The paper's optimizer, a new one for each iteration; no weight decay."""
+    return optimizer_for(player, torch.optim.RMSprop, lr=lr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def explain(player, tokenizer, prompts, answers, data, generator, rng, args):
     pairs = [Pair(*row) for row in zip(prompts, answers, rivals)]
     ref = opponent_logprobs(opponent, pairs, args.micro_batch)
     half = len(pairs) // 2
-    for _ in train(player, pairs[:half], ref[:half], args.lam, args.lr, args, rng):
+    for _ in train(player, pairs[:half], ref[:half], args.lam, args.lr, rmsprop(player, args.lr), args, rng):
         pass
     pick = next((i for i in range(half, len(pairs)) if pairs[i].answer != pairs[i].rival), half)
     pair = pairs[pick]
@@ -248,7 +249,7 @@ def explain(player, tokenizer, prompts, answers, data, generator, rng, args):
     row = spin_gradients(player, [pair], ref[pick][None], args.lam, args)
     print(f"  the gradient of this pair has norm {sum(p.grad.norm() ** 2 for p in player.parameters()) ** 0.5:.4f}   (spin_gradients)")
     player.zero_grad()
-    for _ in train(player, pairs[half:], ref[half:], args.lam, args.lr, args, rng):
+    for _ in train(player, pairs[half:], ref[half:], args.lam, args.lr, rmsprop(player, args.lr), args, rng):
         pass
     lp = opponent_logprobs(player, [pair], args.micro_batch)
     print(f"\nAFTER training on these {len(pairs) - half} pairs, {args.epochs} epochs                                         train")
@@ -281,6 +282,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("the run")
     g.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of everything random")
     g.add_argument("--run", default=argparse.SUPPRESS, help="name of the run's folder below runs/; default: the game and the next free number")
+    g.add_argument("--resume", default=argparse.SUPPRESS, metavar="RUN", help="go on with a run that was stopped or killed, by its own settings: no other flag beside it")
+    g.add_argument("--save-every", type=number(int), default=100, help="updates between checkpoints, which --resume goes on from; Ctrl-C makes one, too")
     g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score of each iterate (without --data)")
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
@@ -288,6 +291,10 @@ def parse_args(argv=None):
     g.add_argument("--explain", action="store_true", help="print one pair of one update as a lesson; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
+    if hasattr(args, "resume"):
+        if len(sys.argv[1:] if argv is None else argv) > 1 + ("=" not in (argv or sys.argv[1:])[0]):
+            parser.error("--resume goes on by the run's own settings: leave all other flags out")
+        return evaluate.resumed(args.resume, ("spin", "sft"), parser.parse_args([]))
     if evaluate.is_real(args.model):
         parser.set_defaults(**REAL)
         args = parser.parse_args(argv)
@@ -314,9 +321,18 @@ def main(argv=None):
     prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
     if args.explain:
         return explain(player, tokenizer, prompts, answers, data, generator, rng, args)
-    folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
+    settings, saved = {k: v for k, v in vars(args).items() if k != "resume"}, None
+    if hasattr(args, "resume"):
+        folder, facts, saved = evaluate.reopen(args.resume, settings)
+        if facts["start"] != fingerprint(player):
+            raise UserError(f"{args.model} is not the model that this run began from")
+    else:
+        folder = evaluate.new_run(getattr(args, "run", None), args.game, settings)
+        facts = {"start": fingerprint(player), "iteration": 0, "done": 0, "update": 0, "metrics": 0, "games": 0}
+    lock = evaluate.lock(folder)  # held until this process ends
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in player.parameters()):,} parameters, {len(data):,} answers "
-          f"{'from ' + path if path else 'to instructions of its fine-tuning set, without the hasty ones'}, seed {args.seed}, into {folder}")
+          f"{'from ' + path if path else 'to instructions of its fine-tuning set, without the hasty ones'}, seed {args.seed}, "
+          + (f"on from update {facts['done'] + facts['update']} of {folder}" if saved else f"into {folder}"))
     if args.game == "spin":
         print("the first loss of an iteration is log 2 = 0.693: the player still is its opponent. Both log-probabilities may fall,\n"
               "of people's answers too; that is normal: only the margin between them is trained")
@@ -327,50 +343,81 @@ def main(argv=None):
             rates[name] = evaluate.rate(player, tokenizer, queries, 1000 * args.seed + len(rates))
             print(f"right answers of {name}: {evaluate.short(rates[name])}", flush=True)
 
-    rate("start")
-    began, done, pairs, size = time.time(), 0, [], min(args.pairs, len(data))
-    with open(folder / "metrics.jsonl", "w", 1) as metrics_file, open(folder / "games.jsonl", "w", 1) as games_file:
-        for iteration in range(args.iterations):
+    if not saved:
+        rate("start")
+    began, first, done, pairs, size = time.perf_counter(), facts["done"] + facts["update"], facts["done"], [], min(args.pairs, len(data))
+    with (evaluate.log(folder, "metrics.jsonl", facts["metrics"]) as metrics_file, evaluate.log(folder, "games.jsonl", facts["games"]) as games_file,
+          evaluate.stop_asked() as stop):
+        for iteration in range(facts["iteration"], args.iterations):
             last = args.iterations > 1 and iteration == args.iterations - 1
             lam, lr = args.lam_last if last else args.lam, args.lr if iteration < 2 else args.lr_late
             chosen = [i % len(data) for i in range(iteration * size, (iteration + 1) * size)]
-            rows = []
-            try:
-                ref, rivals, asked = None, [[]] * len(chosen), time.time()
+            optimizer, update, rows, asked, spin = rmsprop(player, lr), 0, [], time.perf_counter(), args.game == "spin"
+            if saved:  # within this iteration: the opponent's answers and log-probabilities are in the checkpoint
+                load_state(player, optimizer, generator, saved)
+                rng.setstate((facts["rng"][0], tuple(facts["rng"][1]), facts["rng"][2]))
+                update, rivals = facts["update"], iter(saved["rivals"].split(saved["lengths"].tolist()))
+                pairs = [Pair(prompts[i % len(data)], answers[i % len(data)], next(rivals).tolist()) for i in range(max(0, iteration - 1) * size, (iteration + 1) * size)]
+                ref = saved["ref"].to(args.device) if spin else None
+                rates |= {name: {key: saved[f"rate.{name}.{key}"] for key in ("sampled", "greedy")} for name in facts["rates"]}
+                rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-update:] if update else []
+                saved = None
+            else:
                 # Until its first update, the player is the opponent p_t: what p_t is needed for is computed here, and kept.
-                if args.game == "spin":
-                    rivals = opponent_answers(player, [prompts[i] for i in chosen], args.answer_tokens, generator)
-                new = [Pair(prompts[i], answers[i], rival) for i, rival in zip(chosen, rivals)]
-                pairs = pairs[-size:] + new  # the last iteration's, which stand at the end, and this one's
-                print(f"\niteration {iteration}: {len(pairs):,} pairs, {len(new):,} of them new; learning rate {lr:g}")
-                if args.game == "spin":
-                    ref = opponent_logprobs(player, pairs, args.micro_batch)
-                    games_file.write(json.dumps({"step": done, "games": game_records(tokenizer, data, chosen, new, iteration)}) + "\n")
-                    print(identical_line(new, lam, args.loss))
-                updates = args.epochs * math.ceil(len(pairs) / args.batch)
-                asked = time.time() - asked
-                with tqdm(train(player, pairs, ref, lam, lr, args, rng), total=updates, unit="update", disable=None, dynamic_ncols=True) as bar:
-                    for row in bar:
-                        row["tokens"] = 0 if rows else sum(map(len, rivals))  # the first update bears what the opponent did before it
-                        row["seconds"] += 0 if rows else asked
-                        rows.append(row)
-                        metrics_file.write(json.dumps({"step": done + len(rows), "iteration": iteration} | row) + "\n")
-                        bar.set_postfix_str("  ".join(f"{k} {row[k]:.3f}" for k in ("loss", "margin") if k in row))
-            except KeyboardInterrupt:
-                done += len(rows)
+                rivals = opponent_answers(player, [prompts[i] for i in chosen], args.answer_tokens, generator) if spin else [[]] * size
+                pairs = pairs[-size:] + [Pair(prompts[i], answers[i], rival) for i, rival in zip(chosen, rivals)]  # the last iteration's, and this one's
+                ref = opponent_logprobs(player, pairs, args.micro_batch) if spin else None
+                if spin:
+                    games_file.write(json.dumps({"step": done, "games": game_records(tokenizer, data, chosen, pairs[-size:], iteration)}) + "\n")
+            new = pairs[-size:]
+            print(f"\niteration {iteration}: {len(pairs):,} pairs, {len(new):,} of them new; learning rate {lr:g}")
+            if spin:
+                print(identical_line(new, lam, args.loss))
+            facts |= {"settings": settings, "iteration": iteration, "done": done, "rng": rng.getstate()}
+
+            def checkpoint():
+                ids = [i for p in pairs for i in p.rival]
+                save_state(folder / evaluate.CHECKPOINT, optimizer, generator,
+                           facts | {"update": update, "rates": list(rates), "metrics": metrics_file.tell(), "games": games_file.tell()},
+                           rivals=torch.tensor(ids, dtype=torch.int32), lengths=torch.tensor([len(p.rival) for p in pairs]), **({"ref": ref} if spin else {}),
+                           **{f"rate.{name}.{key}": value for name, both in rates.items() for key, value in both.items()})
+
+            if not update:
+                checkpoint()
+            asked = time.perf_counter() - asked
+            updates = args.epochs * math.ceil(len(pairs) / args.batch)
+            with tqdm(total=updates, initial=update, unit="update", disable=None, dynamic_ncols=True) as bar:
+                training = train(player, pairs, ref, lam, lr, optimizer, args, rng, update)
+                while update < updates and not stop:
+                    try:
+                        row = next(training)
+                    except FloatingPointError as error:
+                        raise UserError(f"iteration {iteration}, update {update + 1}: {error}; it was not made, and the last checkpoint is whole: try a smaller --lr") from None
+                    if not update:  # the first update bears what the opponent did before it
+                        row |= {"tokens": sum(len(p.rival) for p in new), "seconds": row["seconds"] + asked}
+                    update += 1
+                    rows.append(row)
+                    metrics_file.write(json.dumps({"step": done + update, "iteration": iteration, "tokens": 0} | row) + "\n")
+                    bar.update()
+                    bar.set_postfix_str("  ".join(f"{k} {row[k]:.3f}" for k in ("loss", "margin") if k in row))
+                    if update % args.save_every == 0 and update < updates:
+                        checkpoint()
+            if update < updates:
+                checkpoint()
                 save(player, folder / f"iteration-{iteration}-unfinished")
-                print(f"stopped in iteration {iteration}; the player as it is: {folder}/iteration-{iteration}-unfinished")
+                print(f"stopped in iteration {iteration}; the player as it is: {folder}/iteration-{iteration}-unfinished; python spin.py --resume {folder} goes on")
+                done += update
                 break
-            done += len(rows)
+            done += update
             save(player, folder / f"iteration-{iteration}")
             print(change_line(rows))
-            if ref is not None:
-                show = next((i for i, p in enumerate(pairs[-len(new):], len(pairs) - len(new)) if p.answer != p.rival), None)
+            if spin:
+                show = next((i for i, p in enumerate(new, len(pairs) - len(new)) if p.answer != p.rival), None)
                 if show is not None:
                     now = opponent_logprobs(player, [pairs[show]], args.micro_batch)[0]
                     print(pair_text(tokenizer, data[chosen[show - len(pairs)]][0], pairs[show], now, ref[show], lam))
             rate(f"iteration {iteration}")
-    print(f"\n{done} updates in {(time.time() - began) / 60:.1f} minutes; the iterates are in {folder}")
+    print(f"\n{done - first} updates in {(time.perf_counter() - began) / 60:.1f} minutes; the iterates are in {folder}")
     if rates:
         report = evaluate.report(rates, queries)
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -378,7 +425,10 @@ def main(argv=None):
         for name, win in report["win_rate"].items():
             print(f"{name}: {evaluate.win_line(win)}")
     if evaluate.draw([folder], folder / "curves.png"):
-        print(f"look at it: {folder / 'curves.png'}; what the opponent said: {folder / 'games.jsonl'}")
+        print(f"look at it: {folder / 'curves.png'}; what the opponent said: {folder / 'games.jsonl'}; as a page: python evaluate.py report {folder}")
+    if update == updates:
+        evaluate.end(folder)
+    lock.close()
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def bench_spin(model, tokenizer):
     pairs = [spin.Pair(*row) for row in zip(prompts, answers, rivals)]
     ref = spin.opponent_logprobs(model, pairs, args.micro_batch)
     ours, theirs = [], []
-    updates = spin.train(model, pairs, ref, args.lam, args.lr, args, random.Random(0))
+    updates = spin.train(model, pairs, ref, args.lam, args.lr, spin.rmsprop(model, args.lr), args, random.Random(0))
     next(updates)
 
     class Clock(TrainerCallback):

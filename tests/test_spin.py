@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 
@@ -162,7 +163,7 @@ def test_training_widens_the_margin(tiny, pairs):
     model, _ = load(ROOT / "tiny")
     args = argparse.Namespace(**vars(ARGS) | {"epochs": 6})
     ref = opponent_logprobs(tiny[0], pairs, 2048)
-    rows = list(train(model, pairs, ref, 1.0, 1e-4, args, random.Random(0)))
+    rows = list(train(model, pairs, ref, 1.0, 1e-4, spin.rmsprop(model, 1e-4), args, random.Random(0)))
     assert len(rows) == 6 * 3  # 10 pairs in batches of 4
     after = spin_gradients(model, pairs, ref, 1.0, args)
     assert after["margin"] > 0.5 and after["loss"] < 0.6
@@ -324,7 +325,7 @@ def test_ctrl_c_keeps_the_player_as_it_is(played, monkeypatch):
         seen.append(1)
         for i, row in enumerate(real(*args)):
             if len(seen) == 2 and i == 1:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             yield row
     monkeypatch.setattr(spin, "train", stopped)
     done = run(folder, *SHORT, "--iterations", "3", "--run", "stopped")
