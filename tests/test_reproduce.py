@@ -61,6 +61,7 @@ def made_up(out, gains, zero_valid=-0.02, spin=(0.03, 0.05, 0.06, 0.065), seeds=
             for t, gain in enumerate(spin if method == "SPIN" else [gains.get(method, 0.1)]):
                 iterate = folder / (f"iteration-{t}" if is_spin else "model")
                 iterate.mkdir(parents=True)
+                (iterate / "model.safetensors").touch()
                 (iterate / "scores.json").write_text(json.dumps(scores(0.5 + gain + 0.002 * (s - (seeds - 1) / 2))))
             (folder / "iteration-9-unfinished").mkdir()  # is nobody's iterate
             valid = [0.9 + (zero_valid * (1 + 0.05 * s) * i if method == "LSP-Zero, eager, 3 x as long" else 0) for i in range(30)]
@@ -125,6 +126,7 @@ def test_finished_runs_are_kept_and_cut_ones_put_aside(tmp_path, monkeypatch):
             if "selfplay" in words[1]:
                 folder = cwd / "runs" / "lsp-s0"
                 (folder / "model").mkdir(parents=True)
+                (folder / "model" / "model.safetensors").touch()
                 (folder / "curves.png").write_text("")
                 (folder / "settings.json").write_text('{"steps": 30}')
                 (folder / "metrics.jsonl").write_text("{}\n" * 30)

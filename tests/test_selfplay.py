@@ -379,4 +379,4 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
 
 def test_help_names_every_default(tmp_path):
     text = subprocess.run([sys.executable, str(ROOT / "selfplay.py"), "-h"], capture_output=True, text=True, timeout=60).stdout
-    assert text.count("(default:") == text.count("\n  --") - 1  # --run says its own
+    assert text.count("(default:") == text.count("\n  --") - 2  # --run and --resume have none
