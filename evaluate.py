@@ -127,7 +127,18 @@ def read_instructions(path):
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
             raise UserError(f"--instructions {path}: entry {i} has no \"instruction\"")
+        if not _is_text(row["instruction"]):
+            raise UserError(f"--instructions {path}: entry {i}: half of a surrogate pair, which is no text")
     return [{"instruction": row["instruction"], "dataset": str(row.get("dataset", "all"))} for row in rows]
+
+
+def _is_text(string):
+    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        string.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def bootstrap(values, rounds=2000, seed=0):
@@ -184,6 +195,8 @@ def read_data(path):
         messages = row.get("messages", [{"role": "user", "content": row.get(prompt)}, {"role": "assistant", "content": row.get("answer")}])
         if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
             raise UserError(f"{where}: every message needs a text")
+        if not all(_is_text(m["content"]) for m in messages):
+            raise UserError(f"{where}: half of a surrogate pair, which is no text")
         roles = [m.get("role") for m in messages]
         turn = 3 if roles[:1] == ["system"] else 2
         if roles[:turn] != ["system", "user", "assistant"][-turn:]:

@@ -17,9 +17,13 @@ import argparse
 import errno
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import sys
+import threading
+import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +65,29 @@ def run_command(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def time_limit(seconds, complaint):
+    """Raise UserError(complaint) once `seconds` have passed inside this `with`. They may be nested.
+
+    Only the main thread can be stopped so, and only between two lines of Python.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_):
+        raise UserError(complaint)
+    began, before = time.monotonic(), signal.signal(signal.SIGALRM, late)
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if outer:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, outer - (time.monotonic() - began)))
 
 
 def number(kind, zero=False):
@@ -156,7 +183,8 @@ class Config:
             sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings")
             sizes += ("sliding_window",) * (config.sliding_window is not None)
-            bad = [k for k in sizes if not isinstance(getattr(config, k), int) or getattr(config, k) < 1]
+            largest = {"num_hidden_layers": 2**10, "max_position_embeddings": 2**21}  # of the others, 2**24
+            bad = [k for k in sizes if type(getattr(config, k)) is not int or not 1 <= getattr(config, k) <= largest.get(k, 2**24)]
             if bad or heads % config.num_key_value_heads or config.head_dim % 2:
                 raise UserError(f"config.json: sizes do not fit each other (look at {', '.join(bad) or 'the heads'})")
             return config
@@ -547,7 +575,8 @@ def save_state(path, optimizer, generator, facts, **tensors):
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     new = path.with_name(path.name + ".new")
     try:
-        save_file(tensors, new, metadata={"facts": json.dumps(facts), "checksum": str(_checksum(tensors))})
+        facts = json.dumps(facts)
+        save_file(tensors, new, metadata={"facts": facts, "checksum": str(_checksum(tensors, facts))})
         if path.exists():
             path.replace(previous(path))
         new.replace(path)
@@ -571,8 +600,8 @@ def read_state(path):
     try:
         with safe_open(path, "pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-        facts, whole = json.loads(metadata["facts"]), metadata["checksum"] == str(_checksum(tensors))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        facts, whole = json.loads(metadata["facts"]), metadata["checksum"] == str(_checksum(tensors, metadata["facts"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cut short or no checkpoint ({_line(error)}){offer}") from None
     if not whole:
         raise UserError(f"{path}: damaged, its checksum is another{offer}")
@@ -599,9 +628,9 @@ def load_state(model, optimizer, generator, tensors):
     generator.set_state(tensors["generator"])
 
 
-def _checksum(tensors):
-    """CRC-32 of names and bytes."""
-    check = 0
+def _checksum(tensors, text=""):
+    """CRC-32 of a text, and of tensors' names and bytes."""
+    check = zlib.crc32(text.encode())
     for name in sorted(tensors):
         check = zlib.crc32(name.encode(), check)
         check = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), check)
@@ -712,14 +741,14 @@ class Tokenizer:
         self.text.no_truncation(), self.text.no_padding()  # a trainer's habits, saved with the file
         self.special = {t.content: i for i, t in self.text.get_added_tokens_decoder().items() if t.special}
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")") if self.special else None
-        name = lambda t: t["content"] if isinstance(t, dict) else t  # older files hold a dict for each
-        self.names = {k: name(settings.get(k)) or "" for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        name = lambda t: t if isinstance(t, str) else name(t.get("content")) if isinstance(t, dict) else ""  # older files hold a dict for each
+        self.names = {k: name(settings.get(k)) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
         template = settings.get("chat_template")
         if isinstance(template, list):  # several, by name
-            template = {t["name"]: t["template"] for t in template}.get("default")
+            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text()
-        if not template:
+        if not isinstance(template, str) or not template:
             raise UserError(f"{folder}: no chat_template in tokenizer_config.json: is this an instruct model?")
         # What transformers offers to a template, so that every author's own template renders as there.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
@@ -727,7 +756,7 @@ class Tokenizer:
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
             self.template = environment.from_string(template)
-        except TemplateError as error:
+        except (TemplateError, ValueError, RecursionError, MemoryError, OverflowError, TypeError) as error:
             raise UserError(f"{folder}: the chat template does not compile ({_line(error)})") from None
 
     def encode(self, text):
@@ -746,10 +775,7 @@ class Tokenizer:
         text that spells one stays text. Raises UserError where the template refuses the conversation.
         """
         safe = [{**m, "content": self._disarm(m["content"])} for m in messages]
-        try:
-            text = self.template.render(messages=safe, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.names)
-        except (TemplateError, TypeError) as error:
-            raise UserError(f"the chat template failed: {_line(error)}") from None
+        text = self._render(messages=safe, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.names)
         if self.MARK not in text:  # nobody's text spells a special token
             self.text.encode_special_tokens = False
             return self.text.encode(text, add_special_tokens=False).ids
@@ -757,6 +783,21 @@ class Tokenizer:
         for i, part in enumerate(self._split.split(text)):  # text, special, text, special, ..
             ids += [self.special[part]] if i % 2 else self.encode(part.replace(self.MARK, "")) if part else []
         return ids
+
+    def _render(self, **variables):
+        pieces, size = [], 0
+        try:
+            with time_limit(10.0, "the chat template took longer than 10 seconds"):
+                for piece in self.template.generate(**variables):
+                    pieces.append(piece)
+                    size += len(piece)
+                    if size > MAX_FILE:
+                        raise UserError("the chat template writes without end")
+        except UserError:
+            raise
+        except Exception as error:  # whatever somebody's template may raise
+            raise UserError(f"the chat template failed: {_line(error)}") from None
+        return "".join(pieces)
 
     def end_of_turn(self, end_ids):
         """The id that the template writes at the end of an assistant's answer: one of end_ids. Raises UserError for none."""
@@ -781,15 +822,20 @@ def _line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+MAX_FILE = 2**28  # bytes of a JSON file, characters of a rendered conversation: far above any real one
+
+
 def _read_json(path):
     try:
+        if path.stat().st_size > MAX_FILE:
+            raise ValueError("the file is absurdly large")
         value = json.loads(path.read_text())
         if not isinstance(value, dict):
             raise ValueError("an object was expected")
         return value
     except FileNotFoundError:
         raise UserError(f"{path.parent}: {path.name} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({_line(error)})") from None
 
 
@@ -832,8 +878,8 @@ def _read_weights(folder):
         shards = sorted(set(weight_map.values()))
     tensors = {}
     for shard in shards:
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise UserError(f"{folder}: {shard} is missing")
+        if Path(shard).name != shard or not os.path.isfile(folder / shard):  # of any text at all; Path.is_file may raise
+            raise UserError(f"{folder}: {shard[:100]!r} is missing")
         try:
             with safe_open(folder / shard, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}
@@ -879,7 +925,10 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
     settings = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     ends = settings.get("eos_token_id", raw.get("eos_token_id"))
     ends = [tokenizer.special.get(tokenizer.names["eos_token"])] if ends is None else ends
-    model.end_ids = {e for e in (ends if isinstance(ends, list) else [ends]) if e is not None}
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(e is None or type(e) is int and 0 <= e < config.vocab_size for e in ends):
+        raise UserError(f"{folder}: eos_token_id in generation_config.json is not an id of the vocabulary, or several")
+    model.end_ids = {e for e in ends if e is not None}
     if not model.end_ids and not config.score_head:
         raise UserError(f"{folder}: no end token: give eos_token_id in generation_config.json")
     if tokenizer.text.get_vocab_size() > config.vocab_size:

@@ -16,10 +16,7 @@ import copy
 import functools
 import importlib.util
 import re
-import signal
-import threading
 import traceback
-from contextlib import contextmanager
 from fractions import Fraction
 from os.path import commonprefix
 from pathlib import Path
@@ -27,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, UserError, generate, is_hub_name, load, pack, resident, states
+from model import KVCache, UserError, generate, is_hub_name, load, pack, resident, states, time_limit
 from tiny import language
 
 
@@ -252,24 +249,6 @@ def names_model(spec):
     return ":" not in spec and (Path(spec).is_dir() or is_hub_name(spec))
 
 
-@contextmanager
-def time_limit(seconds, what):
-    """Raise UserError once `seconds` have passed inside this `with`. Only the main thread can be stopped so, and only between two lines of Python."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(*_):
-        raise UserError(f"{what} took longer than {seconds:g} seconds: mend it, or give it a larger --reward-timeout")
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def guarded(function, seconds):
     """A user's reward, whose own errors, and whose taking longer than `seconds`, become a UserError of one line."""
     name = getattr(function, "__name__", type(function).__name__)
@@ -277,7 +256,7 @@ def guarded(function, seconds):
     @functools.wraps(function)
     def reward(queries, answers):
         try:
-            with time_limit(seconds, f"the reward {name}"):
+            with time_limit(seconds, f"the reward {name} took longer than {seconds:g} seconds: mend it, or give it a larger --reward-timeout"):
                 return function(queries, answers)
         except UserError:
             raise

@@ -1,0 +1,167 @@
+"""Feed broken files to everything that reads files: `python tests/fuzz.py --inputs 100000` prints JSON.
+
+A whole file is broken at random, as bytes (cut, flipped, repeated, spliced) or as JSON (a value replaced by an absurd one), and read. A reader may
+take it, or raise UserError; anything else, more than SECONDS, or more than MEMORY, is a failure, and its input is kept in --keep.
+"""
+import argparse
+import json
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import evaluate  # noqa: E402
+import model as llama  # noqa: E402
+
+SECONDS, MEMORY = 5, 4 * 2**30
+ABSURD = [None, True, -1, 0, 1, 2.5, 1e308, float("nan"), float("inf"), 10**12, 10**30, "", "x" * 1000, "../../etc/passwd", "a\0b", "\ud800", [], {}, [[]], {"a": {}}, "default", "llama3", "llama",
+          "{{ 1 // 0 }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "{{ messages.append(1) }}", "{%"]
+DEEP = "[" * 100000
+
+
+def chat(folder):
+    tokenizer = llama.Tokenizer(folder)
+    tokenizer.chat([{"role": "user", "content": "hello <|end|>"}])
+
+
+def state(folder):
+    llama.read_state(folder / evaluate.CHECKPOINT)
+
+
+def weights(folder):
+    llama.load(folder)
+
+
+# What is broken -> how it is read. Folders hold whole files otherwise.
+READERS = {"config.json": lambda folder: llama.load(folder), "generation_config.json": weights, "model.safetensors": weights, "model.safetensors.index.json": weights,
+           "tokenizer.json": chat, "tokenizer_config.json": chat, "data.jsonl": lambda folder: evaluate.read_data(folder / "data.jsonl"),
+           "instructions.json": lambda folder: evaluate.read_instructions(folder / "instructions.json"), "metrics.jsonl": lambda folder: evaluate.read_metrics(folder),
+           "settings.json": lambda folder: evaluate.resumed(folder, ("lsp",), argparse.Namespace()), evaluate.CHECKPOINT: state}
+
+
+def whole(folder):
+    """A small model, a run's files and data, all whole."""
+    torch.manual_seed(0)
+    model, _ = llama.load(ROOT / "tiny")
+    raw = model.raw | {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    small = llama.Llama(llama.Config.from_json(raw), raw)
+    small.folder = ROOT / "tiny"
+    llama.save(small, folder)
+    with llama.safe_open(folder / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": {n: "shard.safetensors" for n in names}}))
+    shutil.copy(folder / "model.safetensors", folder / "shard.safetensors")
+    (folder / "data.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n'
+                                       '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}]}\n')
+    (folder / "instructions.json").write_text('[{"instruction": "a", "dataset": "b"}, {"instruction": "c"}]')
+    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.25}\n')
+    (folder / "settings.json").write_text(json.dumps({"game": "lsp", "lr": 0.1, "torch": "2"}))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    llama.save_state(folder / evaluate.CHECKPOINT, optimizer, torch.Generator(), {"step": 1})
+
+
+def broken(data, name, rng):
+    """A file's bytes, broken in one to three places."""
+    if name.endswith("json") and rng.random() < 0.6:
+        value = json.loads(data)
+        for _ in range(rng.randint(1, 3)):
+            here = value
+            while isinstance(here, (dict, list)) and here:
+                key = rng.choice(list(here)) if isinstance(here, dict) else rng.randrange(len(here))
+                if not isinstance(here[key], (dict, list)) or not here[key] or rng.random() < 0.3:
+                    if rng.random() < 0.2:
+                        del here[key]
+                    else:
+                        here[key] = rng.choice(ABSURD)
+                    break
+                here = here[key]
+        return json.dumps(value).encode()
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 3)):
+        i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        way = rng.choice(["cut", "flip", "repeat", "delete", "insert", "deep", "number", "head"])
+        if way == "cut":
+            del data[i:]
+        elif way == "flip" and data:
+            data[i % len(data)] ^= 1 << rng.randrange(8)
+        elif way == "repeat":
+            data[i:i] = data[i:min(j, i + 2000)] * rng.randint(1, 5)
+        elif way == "delete":
+            del data[i:min(j, i + 50)]
+        elif way == "insert":
+            data[i:i] = rng.randbytes(rng.randint(1, 8))
+        elif way == "deep" and rng.random() < 0.1:
+            data[i:i] = DEEP.encode()
+        elif way == "number":
+            data[i:i] = str(rng.choice([10**12, -1, 1e308])).encode()
+        elif way == "head":  # where a safetensors file says how long its header is
+            data[:8] = rng.choice([0, 1, 2**31, 2**63, len(data)]).to_bytes(8, "little")
+    return bytes(data)
+
+
+def fuzz(inputs, seed, keep=None):
+    """{file: {"inputs", "taken", "refused", "failed"}} and the failures' first lines."""
+    counts, failures = {name: {"inputs": 0, "taken": 0, "refused": 0, "failed": 0} for name in READERS}, []
+
+    def late(*_):
+        raise TimeoutError(f"more than {SECONDS} seconds")
+    before = signal.signal(signal.SIGALRM, late)
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        whole(folder)
+        originals = {name: (folder / name).read_bytes() for name in READERS}
+        for i in range(inputs):
+            name = list(READERS)[i % len(READERS)]
+            data = broken(originals[name], name, rng)
+            (folder / name).write_bytes(data)
+            if name.endswith("index.json"):
+                (folder / "model.safetensors").unlink()
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            counts[name]["inputs"] += 1
+            try:
+                READERS[name](folder)
+                counts[name]["taken"] += 1
+            except llama.UserError as error:
+                assert "\n" not in str(error), error
+                counts[name]["refused"] += 1
+            except BaseException as error:  # whatever it is, it is what this looks for
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                counts[name]["failed"] += 1
+                failures.append(f"{name}: {type(error).__name__}: {str(error)[:150]}")
+                if keep:
+                    (Path(keep) / f"{len(failures)}-{name}").write_bytes(data)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                (folder / name).write_bytes(originals[name])
+                (folder / "model.safetensors").write_bytes(originals["model.safetensors"])
+    signal.signal(signal.SIGALRM, before)
+    return counts, failures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=100000, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="of what is broken")
+    parser.add_argument("--keep", default=None, help="folder for the inputs that failed")
+    args = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    began = time.time()
+    counts, failures = fuzz(args.inputs, args.seed, args.keep)
+    print(json.dumps({"readers": counts, "inputs": args.inputs, "failed": len(failures), "minutes": round((time.time() - began) / 60, 1),
+                      "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), "failures": sorted(set(failures))[:40]}, indent=2))
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""A few hundred broken files for every reader; `python tests/fuzz.py` breaks a hundred thousand."""
+import json
+import time
+
+import fuzz
+import pytest
+from conftest import ROOT
+
+import evaluate
+import model as llama
+
+
+def test_no_broken_file_is_more_than_one_line():
+    counts, failures = fuzz.fuzz(60 * len(fuzz.READERS), seed=1)
+    assert failures == []
+    assert all(c["refused"] > 0 for c in counts.values()) and sum(c["taken"] for c in counts.values()) > 0
+
+
+TEMPLATES = {"hangs": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+             "floods": "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endfor %}",
+             "reaches out": "{{ messages.__class__.__mro__ }}", "deep": "{{ " + "(" * 5000 + ")" * 5000 + " }}"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_hostile_template(name, tmp_path, monkeypatch):
+    """Limited in time and in output, in a sandbox."""
+    real = llama.time_limit
+    monkeypatch.setattr(llama, "time_limit", lambda seconds, complaint: real(0.5, complaint))
+    (tmp_path / "tokenizer.json").write_bytes((ROOT / "tiny" / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[name]}))
+    with pytest.raises(llama.UserError):
+        llama.Tokenizer(tmp_path).chat([{"role": "user", "content": "hello"}])
+
+
+def test_time_limits_nest():
+    """The inner limit's end does not lift the outer one."""
+    with pytest.raises(llama.UserError, match="outer"), llama.time_limit(0.3, "outer"):
+        with llama.time_limit(5, "inner"):
+            pass
+        time.sleep(5)
+    with pytest.raises(llama.UserError, match="inner"), llama.time_limit(5, "outer"), llama.time_limit(0.1, "inner"):
+        time.sleep(5)
+    time.sleep(0.05)  # nothing is left ticking
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a\\ud800", "answer": "b"}\n' * 2)
+    with pytest.raises(llama.UserError, match="line 1: half of a surrogate"):
+        evaluate.read_data(tmp_path / "data.jsonl")
