@@ -777,7 +777,7 @@ def claims(r):
          "gain of each iteration " + ", ".join(points(v) for v in spin) + f"; the first less the last {points(shrink)}"),
         ("6b. .. past where fine-tuning on the same answers stops", verdict(r.gain("SPIN", over=sft)), f"SPIN less fine-tuning {points(r.gain('SPIN', over=sft))}; fine-tuning itself {points(r.gain(sft))}"),
         ("7. Training longer inside iteration 0 does not replace iterations", verdict(r.gain("SPIN", over=one)), f"SPIN less one long iteration {points(r.gain('SPIN', over=one))}"),
-        ("8. How diverse do the queries stay, by pay? (share of distinct ones in a step, last tenth)", "", end("distinct")),
+        ("8. How diverse do the queries stay, by pay? (share of distinct ones in a step; of pieces that two have in common; last tenth)", "", f"distinct: {end('distinct')}; in common: {end('similarity')}"),
         ("9. Does paying for the frontier (r-zero) beat as hard as possible?", verdict(frontier),
          f"r-zero less minimax {points(frontier)}; spice less minimax {points(r.gain('LSP paid spice', over='LSP'))}; groups with spread at the end: {end('spread')}"),
         ("10. Self-play reaches chains one step longer than any in training", verdict(r.gain("LSP", "longer")),

@@ -255,7 +255,7 @@ WATCH = {
     "spread": (lambda x: x < 0.1, "hardly a group has spread, so the Solver has nothing to learn from: try a smaller --alpha-ch, or --pay r-zero"),
     "kl_solver": (lambda x: x > 1.0, "the Solver runs away from its start: try a smaller --lr or a larger --kl"),
     "kl_challenger": (lambda x: x > 1.0, "the Challenger runs away from its start: try a smaller --alpha-ch or a larger --kl-challenger"),
-    "agreement": (lambda x: x < 0.5, "of a right and a wrong answer the judge prefers the wrong one: try a smaller --quality, or --game lsp-zero"),
+    "agreement": (lambda x: x < 0.4, "of a right and a wrong answer the judge prefers the wrong one: try a smaller --quality, or --game lsp-zero"),
     "answer_cut": (lambda x: x > 0.5, "most answers are cut at the limit: try a larger --answer-tokens"),
     "query_cut": (lambda x: x > 0.5, "most queries are cut at the limit: try a larger --query-tokens, or a larger --kl-challenger"),
     "malformed": (lambda x: x > 0.5, "most verdicts of the judge have no score: try --judge expected"),

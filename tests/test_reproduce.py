@@ -65,7 +65,7 @@ def made_up(out, gains, zero_valid=-0.02, spin=(0.03, 0.05, 0.06, 0.065), seeds=
                 (iterate / "scores.json").write_text(json.dumps(scores(0.5 + gain + 0.002 * (s - (seeds - 1) / 2))))
             (folder / "iteration-9-unfinished").mkdir()  # is nobody's iterate
             valid = [0.9 + (zero_valid * (1 + 0.05 * s) * i if method == "LSP-Zero, eager, 3 x as long" else 0) for i in range(30)]
-            rows = [{"step": i + 1, "valid": v, "spread": 0.4, "distinct": 0.9, "tokens": 100, "seconds": 0.5} for i, v in enumerate(valid)]
+            rows = [{"step": i + 1, "valid": v, "spread": 0.4, "distinct": 0.9, "similarity": 0.1, "tokens": 100, "seconds": 0.5} for i, v in enumerate(valid)]
             if is_spin:
                 rows = [{"step": r["step"], "loss": 0.5, "tokens": 10, "seconds": 0.1} for r in rows]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -81,7 +81,7 @@ def said(results):
 def test_claims_that_hold(tmp_path):
     found = said(made_up(tmp_path, GAINS))
     assert {k: v for k, (v, _) in found.items()} == {"1": "yes", "2": "yes", "3": "yes", "4": "yes", "5": "yes", "6a": "yes", "6b": "yes", "7": "yes", "8": "", "9": "yes", "10": "yes"}
-    assert "LSP +10.0" in found["1"][1] and "-0.5" in found["3"][1] and "r-zero 0.90" in found["8"][1]
+    assert "LSP +10.0" in found["1"][1] and "-0.5" in found["3"][1] and "r-zero 0.90" in found["8"][1] and "r-zero 0.10" in found["8"][1]
     assert "+3.0" in found["6a"][1] and "+2.5" in found["6b"][1]
 
 
