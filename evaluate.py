@@ -318,6 +318,9 @@ def new_run(name, game, settings):
             number += 1
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error.strerror}") from None
+    for other in sorted(Path("runs").glob(f"{game}-*")):
+        if (other / CHECKPOINT).is_file() and _settings(other) == settings | {"torch": torch.__version__}:
+            print(f"{other} was stopped with these very settings: --resume {other} would go on with it; this is a new run")
     (folder / "settings.json").write_text(json.dumps(settings | {"torch": torch.__version__}, indent=2) + "\n")
     return folder
 

@@ -1,4 +1,6 @@
 """Never lose a run: what was stopped, killed or damaged goes on to the very weights that an undisturbed run has, or says why not in one line."""
+import contextlib
+import io
 import json
 import os
 import resource
@@ -7,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, command
 
 import evaluate
@@ -97,6 +100,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(game, whole, tmp_path, monkeypat
     assert done.returncode == 0 and "--resume runs/cut goes on" in done.stdout and "stopping after this step" in done.stderr
     again = command(module, tmp_path, *COMMON, *flags, "--run", "cut")
     assert again.returncode == 2 and "--resume runs/cut" in again.stderr
+    (tmp_path / "runs" / "cut").rename(tmp_path / "runs" / f"{game}-7")
+    unnamed = json.loads((tmp_path / "runs" / f"{game}-7" / "settings.json").read_text())
+    del unnamed["run"], unnamed["torch"]
+    (tmp_path / "runs" / f"{game}-7" / "settings.json").write_text(json.dumps(unnamed | {"torch": torch.__version__}))
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()) as out:
+        assert evaluate.new_run(None, game, unnamed).name == f"{game}-1"
+    assert f"--resume runs/{game}-7 would go on" in out.getvalue()  # the same command again offers it
+    (tmp_path / "runs" / f"{game}-7" / "settings.json").write_text(json.dumps(unnamed | {"run": "cut"}))
+    (tmp_path / "runs" / f"{game}-7").rename(tmp_path / "runs" / "cut")
     assert command(module, tmp_path, "--resume=runs/cut").returncode == 0
     assert left(tmp_path / "runs" / "cut") == left(whole(game))
 
@@ -193,7 +205,6 @@ def test_games_can_be_thinned(tmp_path):
 
 def test_a_kill_between_two_renames_leaves_a_whole_checkpoint(tmp_path, small, monkeypatch):
     """Whatever rename is the last, reopening finds the newest whole state."""
-    import torch
     optimizer, generator, path = torch.optim.AdamW(small.parameters()), torch.Generator(), tmp_path / evaluate.CHECKPOINT
     for step in (1, 2):
         llama.save_state(path, optimizer, generator, {"step": step, "settings": {}})
