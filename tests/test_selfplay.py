@@ -288,7 +288,8 @@ def test_each_trouble_is_said_once(key):
 
 def test_a_run_made_to_fail_says_so(tmp_path):
     """A learning rate a thousand times too large: KL runs away, and the terminal says which flag to try."""
-    out = run(tmp_path, "--model", str(ROOT / "tiny"), "--lr", "0.01", "--kl", "0", "--steps", "26", "--queries", "4", "--answers", "4", "--aggregate", "token")
+    out = run(tmp_path, "--model", str(ROOT / "tiny"), "--lr", "0.01", "--kl", "0", "--steps", "26", "--queries", "4", "--answers", "4", "--aggregate", "token",
+              "--answer-tokens", "8", "--query-tokens", "24")
     assert "the Solver runs away" in out.stdout + out.stderr and out.stdout.count("runs away from its start: try a smaller --lr") == 1
 
 
