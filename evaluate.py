@@ -231,28 +231,38 @@ def resumed(run, game, defaults):
 
 
 def _settings(folder):
+    return _json(folder / "settings.json")
+
+
+def _json(path):
+    """A dict from a file of a run's. Raises UserError."""
     try:
-        return dict(json.loads((folder / "settings.json").read_text()))
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{folder / 'settings.json'}: not readable ({error})") from None
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not readable ({type(error).__name__})") from None
 
 
-def reopen(run, settings):
-    """(folder, facts, tensors) of the run that --resume names. A checkpoint named itself becomes the run's, in place of a damaged one.
+MAY_CHANGE = ("torch", "reward_timeout", "save_every")  # settings that a resumed run may have others of
 
-    settings: as `resumed` gave them; a checkpoint of others is refused. Raises UserError.
+
+def reopen(run):
+    """(folder, its lock, facts, tensors) of the run that --resume names. A checkpoint named itself becomes the run's, in place of a damaged one.
+
+    Raises UserError for a run that is being played, or a checkpoint of other settings than the folder's.
     """
     run = Path(run)
     folder = run.parent if run.is_file() else run
+    held = lock(folder)
     path = run if run.is_file() else folder / CHECKPOINT
     if not path.is_file() and previous(folder / CHECKPOINT).is_file():  # killed between two renames: the one before is the last
         path = previous(folder / CHECKPOINT)
     facts, tensors = read_state(path)
-    if facts.get("settings") != {k: v for k, v in settings.items() if k != "resume"}:
+    fixed = lambda settings: {k: v for k, v in settings.items() if k not in MAY_CHANGE}
+    if fixed(facts.get("settings", {})) != fixed(_settings(folder)):
         raise UserError(f"{path}: of a run with other settings than {folder / 'settings.json'} says")
     if path.name != CHECKPOINT:
         path.replace(folder / CHECKPOINT)
-    return folder, facts, tensors
+    return folder, held, facts, tensors
 
 
 def lock(folder):
@@ -319,8 +329,14 @@ def new_run(name, game, settings):
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error.strerror}") from None
     for other in sorted(Path("runs").glob(f"{game}-*")):
-        if (other / CHECKPOINT).is_file() and _settings(other) == settings | {"torch": torch.__version__}:
-            print(f"{other} was stopped with these very settings: --resume {other} would go on with it; this is a new run")
+        if (other / CHECKPOINT).is_file():
+            try:
+                same = _settings(other) == settings | {"torch": torch.__version__}
+                lock(other).close()
+            except UserError:
+                continue  # not readable, or being played
+            if same:
+                print(f"{other} was stopped with these very settings: --resume {other} would go on with it; this is a new run")
     (folder / "settings.json").write_text(json.dumps(settings | {"torch": torch.__version__}, indent=2) + "\n")
     return folder
 
@@ -438,7 +454,7 @@ def is_real(name):
 
 INK = "#123456"  # stands in matplotlib's SVG for whatever colour the page's text has, light or dark
 COLOURS = ("#3b82f6", "#f97316", "#22a06b", "#d946a0", "#8b6f47", "#7c6cf0")  # of the runs; readable on white and on black
-GAMES_SIZE = 4_000_000  # characters of games in a report; with more, only every k-th step's stand in it
+GAMES_SIZE = 8_000_000  # characters of games in a report; with more, only every k-th step's stand in it
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
@@ -521,15 +537,21 @@ def thin(x, y, most=400):
 
 
 def read_games(run):
-    """(the games of a run: a list of a line's dicts, of every k-th line; k), small enough for a page."""
-    path = Path(run) / "games.jsonl"
+    """(the games of a run: a list of a line's dicts, of every k-th line; k), at most 64 of a line, small enough for a page. Raises UserError."""
+    path, lines, size = Path(run) / "games.jsonl", [], 0
     if not path.is_file():
         return [], 1
-    k = math.ceil(path.stat().st_size / GAMES_SIZE)
     with open(path) as file:
-        lines = [line for i, line in enumerate(file) if i % k == 0 and line.endswith("\n")]
-    games = [json.loads(line) for line in lines]
-    return [{"step": line["step"], "games": line["games"][:64]} for line in games], k
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):  # else it was cut off
+                try:
+                    row = json.loads(line)
+                    lines.append({"step": row["step"], "games": row["games"][:64]})
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise UserError(f"{path}: line {number} is not a step's games") from None
+                size += len(line) * len(lines[-1]["games"]) // max(1, len(row["games"]))
+    k = math.ceil(size / GAMES_SIZE) or 1
+    return lines[::k], k
 
 
 def write_report(runs, path, asked=12):
@@ -538,31 +560,32 @@ def write_report(runs, path, asked=12):
     runs: run folders. asked: how many instructions (0: none, then no model is loaded). Needs nothing but the file itself to be looked at.
     """
     text = lambda value: html.escape(str(value))
-    settings = {run: json.loads((Path(run) / "settings.json").read_text()) for run in runs}
+    settings = {run: _settings(Path(run)) for run in runs}
     data = {run: read_metrics(run) for run in runs}
     dot = {run: f'<span class="line"><dot style="background:{colour}"></dot> {text(Path(run).name)}</span>' for run, colour in zip(runs, itertools.cycle(COLOURS))}
     row = lambda cells, tag="td": "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
     rows = lambda lines: f'<div class="wide"><table>{"".join(lines)}</table></div>'
-    body = ["<p>" + " &nbsp; ".join(f"{dot[run]}: {text(s.get('game', ''))} on {text(Path(s['model']).name)}, seed {s.get('seed')}, {len(data[run].get('step', []))} steps" for run, s in settings.items()) + "</p>"]
+    body = ["<p>" + " &nbsp; ".join(f"{dot[run]}: {text(s.get('game', ''))} on {text(Path(s['model']).name)}, seed {text(s.get('seed'))}, {len(data[run].get('step', []))} steps" for run, s in settings.items()) + "</p>"]
     said = {run: (Path(run) / "warnings.txt").read_text().splitlines() for run in runs if (Path(run) / "warnings.txt").is_file()}
     body.append("<h2>What the runs said</h2>" + "".join(f"<p>{dot[run]}: {text(line)}</p>" for run, lines in said.items() for line in lines) if said else "<p>No run gave a warning.</p>")
-    scores = {run: json.loads(file.read_text())["scores"] for run in runs if (file := Path(run) / "evaluation.json").is_file()}
-    if scores:
+    scores = {run: _json(file).get("scores", {}) for run in runs if (file := Path(run) / "evaluation.json").is_file()}
+    if any(scores.values()):
         share = lambda v: '<span class="line">{:.1f} <span class="quiet">[{:.1f}, {:.1f}]</span></span>'.format(*(100 * x for x in v))
         lines = [row(["run", "", "kind", "n", "temperature 1, %", "greedy, %", "pass@8, %"], "th")]
         for run, names in scores.items():
             for name in (next(iter(names)), list(names)[-1]):
-                lines += [row([dot[run], text(name), text(kind), s["n"], share(s["sampled"]), share(s["greedy"]), share(s["pass@8"])]) for kind, s in names[name].items() if kind == "all" or len(runs) == 1]
+                lines += [row([dot[run], text(name), text(kind), text(s["n"]), share(s["sampled"]), share(s["greedy"]), share(s["pass@8"])]) for kind, s in names[name].items() if kind == "all" or len(runs) == 1]
         body.append("<h2>Right answers on held-out instructions</h2>" + rows(lines))
     panels = [key for key in PANELS if any(key in d for d in data.values())]
     body.append('<h2>Curves</h2><div class="panels">' + "".join(f"<div>{panel(key, data)}</div>" for key in panels) + "</div>" + f"<h2>How to read this</h2>{HOW_TO_READ}")
     games = {run: read_games(run) for run in runs}
     games = {run: (lines, k) for run, (lines, k) in games.items() if lines}
     if games:
-        thinned = max(k for _, k in games.values())
+        thinned, cut = max(k for _, k in games.values()), any(len(line["games"]) == 64 for lines, _ in games.values() for line in lines)
         options = "".join(f'<option value="{text(run)}">{text(Path(run).name)}</option>' for run in games)
         body.append(f'<h2>The games</h2><p><select id="run" aria-label="run">{options}</select> <input type="range" id="at" min="0" value="0" aria-label="step"> <span id="step"></span>'
-                    + (f' <span class="quiet">(only every {thinned}th step is on this page; all are in games.jsonl)</span>' if thinned > 1 else "") + '</p><div id="shown"></div>')
+                    + (f' <span class="quiet">(only every {thinned}th step is on this page; all are in games.jsonl)</span>' if thinned > 1 else "")
+                    + (' <span class="quiet">(at most 64 of a step)</span>' if cut else "") + '</p><div id="shown"></div>')
     if asked:
         body.append(asked_alike(runs, settings, games, asked, dot, row, rows))
     keys = dict.fromkeys(k for s in settings.values() for k in s)
@@ -589,7 +612,7 @@ def asked_alike(runs, settings, games, asked, dot, row, rows):
                 queries = language.evaluation_set(asked) if language.spoken_by(tokenizer) else list(dict.fromkeys(g.get("query", g.get("prompt")) for g in first))[:asked]
                 if not queries:
                     return ""
-            columns.append((name if name == "start" else f"{dot[run]}<br>{text(name)}", folder, [group[0] for group in answer(model, tokenizer, queries, 1, 0, max_new_tokens=settings[run]["answer_tokens"])]))
+            columns.append((f"{dot[run]}<br>{text(name)}", folder, [group[0] for group in answer(model, tokenizer, queries, 1, 0, max_new_tokens=settings[run]["answer_tokens"])]))
     lines = [row(["", *(name for name, *_ in columns)], "th")]
     for i, query in enumerate(queries):
         right = language.solve(query)

@@ -60,29 +60,40 @@ def run_command(main):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: no room left for {error.filename or 'what was to be written'} ({error.strerror}); the last checkpoint is whole", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: no room left for {error.filename or 'what was to be written'} ({error.strerror}); what was saved before is whole", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}: try a smaller --lr", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
 
 
+class TimeUp(BaseException):
+    """What `time_limit` raises inside its `with`: no Exception, so that no `except Exception` there can swallow it."""
+
+
 @contextmanager
 def time_limit(seconds, complaint):
-    """Raise UserError(complaint) once `seconds` have passed inside this `with`. They may be nested.
+    """Raise UserError(complaint) once `seconds` have passed inside this `with`; of nested ones, the first to end counts.
 
     Only the main thread can be stopped so, and only between two lines of Python.
     """
-    if threading.current_thread() is not threading.main_thread():
+    outer, _ = signal.getitimer(signal.ITIMER_REAL)
+    if threading.current_thread() is not threading.main_thread() or 0 < outer < seconds:
         yield
         return
+    up = TimeUp(complaint)
 
     def late(*_):
-        raise UserError(complaint)
+        raise up
     began, before = time.monotonic(), signal.signal(signal.SIGALRM, late)
-    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # and again every second: a bare `except` may swallow the first
     try:
         yield
+    except TimeUp as error:
+        raise UserError(complaint) if error is up else error from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -582,7 +593,7 @@ def save_state(path, optimizer, generator, facts, **tensors):
         new.replace(path)
     except (OSError, SafetensorError) as error:
         new.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({_line(error)}); the last checkpoint is whole") from None
+        raise UserError(f"{path} cannot be written ({_line(error)}); what was saved before is whole") from None
 
 
 def previous(path):
@@ -637,9 +648,9 @@ def _checksum(tensors, text=""):
     return check
 
 
-def fingerprint(model):
-    """A number that changes when a model's weights do: CRC-32 of the beginning of each."""
-    return _checksum({name: p.detach().flatten()[:256].cpu().contiguous() for name, p in model.named_parameters()})
+def fingerprint(model, data=None):
+    """A number that changes when a model's weights do, or the data: CRC-32 of the beginning of each weight, and of all data."""
+    return _checksum({name: p.detach().flatten()[:256].cpu().contiguous() for name, p in model.named_parameters()}, repr(data))
 
 
 def offload(model):
@@ -718,7 +729,7 @@ def check_memory(plan, device, show=False):
         print(f"    {'at the most':<18}{total / 2**30:9.2f} GiB" + (f" of {free / 2**30:.2f} GiB free on {device}" if free else ""))
     if free is not None and total > free:
         raise UserError(f"this needs about {total / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}: "
-                        "try --dtype bfloat16, --recompute, --offload, a smaller --micro-batch, fewer games or a smaller model")
+                        "try --dtype bfloat16, --recompute, a smaller --micro-batch, fewer games, a smaller model, or on a GPU selfplay.py's --offload")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -787,7 +798,7 @@ class Tokenizer:
     def _render(self, **variables):
         pieces, size = [], 0
         try:
-            with time_limit(10.0, "the chat template took longer than 10 seconds"):
+            with time_limit(TEMPLATE_SECONDS, f"the chat template took longer than {TEMPLATE_SECONDS} seconds"):
                 for piece in self.template.generate(**variables):
                     pieces.append(piece)
                     size += len(piece)
@@ -823,6 +834,7 @@ def _line(error):
 
 
 MAX_FILE = 2**28  # bytes of a JSON file, characters of a rendered conversation: far above any real one
+TEMPLATE_SECONDS = 10  # for one conversation
 
 
 def _read_json(path):

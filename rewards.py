@@ -249,6 +249,13 @@ def names_model(spec):
     return ":" not in spec and (Path(spec).is_dir() or is_hub_name(spec))
 
 
+def _where(error):
+    """What went wrong in a user's code, on one line: the error, and the last line of theirs that led to it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+
+
 def guarded(function, seconds):
     """A user's reward, whose own errors, and whose taking longer than `seconds`, become a UserError of one line."""
     name = getattr(function, "__name__", type(function).__name__)
@@ -256,13 +263,12 @@ def guarded(function, seconds):
     @functools.wraps(function)
     def reward(queries, answers):
         try:
-            with time_limit(seconds, f"the reward {name} took longer than {seconds:g} seconds: mend it, or give it a larger --reward-timeout"):
+            with time_limit(seconds, f"the reward {name} took longer than {seconds:g} seconds: mend it, or give it a larger --reward-timeout (for --resume: reward_timeout in the run's settings.json)"):
                 return function(queries, answers)
         except UserError:
             raise
         except Exception as error:  # whatever the user's code may raise
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(f"the reward {name} failed: {type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})") from error
+            raise UserError(f"the reward {name} failed: {_where(error)}") from error
     return reward
 
 
@@ -287,8 +293,8 @@ def load_referee(spec, device="cpu", data=None, dtype=torch.float32, timeout=600
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise UserError(f"--reward {spec}: {path} does not load ({error})") from None
+    except Exception as error:  # whatever the user's code may raise
+        raise UserError(f"--reward {spec}: {path} does not load: {_where(error)}") from None
     if not callable(getattr(module, name, None)):
         raise UserError(f"--reward {spec}: {path} has no function {name!r}")
     return guarded(getattr(module, name), timeout)

@@ -413,7 +413,7 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of everything random")
     g.add_argument("--run", default=argparse.SUPPRESS, help="name of the run's folder below runs/; default: the game and the next free number")
     g.add_argument("--resume", default=argparse.SUPPRESS, metavar="RUN", help="go on with a run that was stopped or killed, by its own settings: no other flag beside it")
-    g.add_argument("--save-every", type=number(int), default=50, help="steps between checkpoints, which --resume goes on from; Ctrl-C makes one, too")
+    g.add_argument("--save-every", type=number(int), default=50, help="steps between checkpoints, which --resume goes on from; there is one every ten minutes, too, and on Ctrl-C")
     g.add_argument("--games-every", type=number(int), default=1, help="of how many steps one has its games written to games.jsonl")
     g.add_argument("--show-every", type=number(int), default=100, help="print one game every so many steps")
     g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score before and after (with --reward exact)")
@@ -462,8 +462,8 @@ def main(argv=None):
     generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)
     rng = random.Random(args.seed)
     config, dtype = read_config(args.model, args.revision), DTYPES[args.dtype]
-    frozen = [config] + ([read_config(args.reward)] if names_model(args.reward) else [])
-    plan = memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute, frozen=frozen, offloaded=args.offload)
+    lookers_on = [config] + ([read_config(args.reward)] if names_model(args.reward) else [])
+    plan = memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute, frozen=lookers_on, offloaded=args.offload)
     if args.dry_run:
         print(f"{args.game} on {args.model}: {parameter_count(config):,} parameters, {args.dtype}")
     check_memory(plan, args.device, args.dry_run)
@@ -493,29 +493,30 @@ def main(argv=None):
         return
     if args.explain:
         return explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge, args, generator)
-    settings = {k: v for k, v in vars(args).items() if k != "resume"}
+    start = fingerprint(model, data)
     if hasattr(args, "resume"):
-        folder, facts, tensors = evaluate.reopen(args.resume, settings)
-        if facts["start"] != fingerprint(model):
-            raise UserError(f"{args.model} is not the model that this run began from: the KL and the judge would change")
+        folder, lock, facts, tensors = evaluate.reopen(args.resume)
+        if facts["start"] != start:
+            raise UserError(f"{args.model}{f' or {args.data}' if args.data else ''} is not what this run began with")
         load_state(model, optimizer, generator, tensors)
+        del tensors
         rng.setstate((facts["rng"][0], tuple(facts["rng"][1]), facts["rng"][2]))
     else:
-        folder = evaluate.new_run(getattr(args, "run", None), args.game, settings)
-        facts = {"step": 0, "start": fingerprint(model), "said": {}, "recent": [], "metrics": 0, "games": 0}
-    lock = evaluate.lock(folder)  # held until this process ends
+        folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
+        lock = evaluate.lock(folder)  # held until this process ends
+        facts = {"settings": vars(args), "start": start, "step": 0, "said": {}, "recent": [], "metrics": 0, "games": 0}
     done, recent, said = facts["step"], facts["recent"], facts["said"]
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, " + (f"on from step {done} of {folder}" if done else f"into {folder}"))
     print("the losses in metrics.jsonl stay near 0: the ratio is 1 and advantages are centred, so only KL is left; their gradient is not 0")
 
     began, first = time.perf_counter(), done + 1
+    saved = began
     with (evaluate.log(folder, "metrics.jsonl", facts["metrics"]) as metrics_file, evaluate.log(folder, "games.jsonl", facts["games"]) as games_file,
           evaluate.stop_asked() as asked, tqdm(range(first, args.steps + 1), initial=done, total=args.steps, unit="step", disable=None, dynamic_ncols=True) as bar):
         def checkpoint():
-            save_state(folder / evaluate.CHECKPOINT, optimizer, generator, {
-                "settings": settings, "start": facts["start"], "step": done, "rng": rng.getstate(), "said": said, "recent": recent,
-                "metrics": metrics_file.tell(), "games": games_file.tell()})
+            save_state(folder / evaluate.CHECKPOINT, optimizer, generator, facts | {
+                "step": done, "rng": rng.getstate(), "said": said, "recent": recent, "metrics": metrics_file.tell(), "games": games_file.tell()})
 
         for step in bar:
             step_began = time.perf_counter()
@@ -529,7 +530,7 @@ def main(argv=None):
                 losses, norm = update(model, reference, optimizer, players, args)
             except FloatingPointError as error:
                 (folder / "not-finite.json").write_text(games)
-                raise UserError(f"step {step}: {error}; the step was not taken, its games are in {folder / 'not-finite.json'}, the last checkpoint is whole") from None
+                raise UserError(f"step {step}: {error}; the step was not taken, its games are in {folder / 'not-finite.json'}; try a smaller --lr in a new run") from None
 
             row = measure(queries, solver, challenger, reward, quality if judge else None, valid, losses, norm)
             row |= {"malformed": judge.malformed} if hasattr(judge, "malformed") else {}  # share of verdicts without a score
@@ -544,8 +545,9 @@ def main(argv=None):
             bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
             if step % args.show_every == 0 or step == 1:
                 bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))
-            if step % args.save_every == 0 or asked or step == args.steps:
+            if step % args.save_every == 0 or asked or step == args.steps or time.perf_counter() - saved > 600:  # long steps: every ten minutes
                 checkpoint()
+                saved = time.perf_counter()
             if asked:
                 break
     save(model, folder / "model")

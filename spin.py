@@ -22,6 +22,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import sys
 import time
 from typing import NamedTuple
@@ -283,7 +284,7 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of everything random")
     g.add_argument("--run", default=argparse.SUPPRESS, help="name of the run's folder below runs/; default: the game and the next free number")
     g.add_argument("--resume", default=argparse.SUPPRESS, metavar="RUN", help="go on with a run that was stopped or killed, by its own settings: no other flag beside it")
-    g.add_argument("--save-every", type=number(int), default=100, help="updates between checkpoints, which --resume goes on from; Ctrl-C makes one, too")
+    g.add_argument("--save-every", type=number(int), default=100, help="updates between checkpoints, which --resume goes on from; there is one every ten minutes, too, and on Ctrl-C")
     g.add_argument("--eval-items", type=number(int), default=1000, help="held-out instructions for the score of each iterate (without --data)")
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
@@ -321,15 +322,15 @@ def main(argv=None):
     prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
     if args.explain:
         return explain(player, tokenizer, prompts, answers, data, generator, rng, args)
-    settings, saved = {k: v for k, v in vars(args).items() if k != "resume"}, None
+    start, saved = fingerprint(player, data), None
     if hasattr(args, "resume"):
-        folder, facts, saved = evaluate.reopen(args.resume, settings)
-        if facts["start"] != fingerprint(player):
-            raise UserError(f"{args.model} is not the model that this run began from")
+        folder, lock, facts, saved = evaluate.reopen(args.resume)
+        if facts["start"] != start:
+            raise UserError(f"{args.model}{f' or {path}' if path else ''} is not what this run began with")
     else:
-        folder = evaluate.new_run(getattr(args, "run", None), args.game, settings)
-        facts = {"start": fingerprint(player), "iteration": 0, "done": 0, "update": 0, "metrics": 0, "games": 0}
-    lock = evaluate.lock(folder)  # held until this process ends
+        folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
+        lock = evaluate.lock(folder)  # held until this process ends
+        facts = {"settings": vars(args), "start": start, "iteration": 0, "done": 0, "update": 0, "metrics": 0, "games": 0}
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in player.parameters()):,} parameters, {len(data):,} answers "
           f"{'from ' + path if path else 'to instructions of its fine-tuning set, without the hasty ones'}, seed {args.seed}, "
           + (f"on from update {facts['done'] + facts['update']} of {folder}" if saved else f"into {folder}"))
@@ -349,8 +350,8 @@ def main(argv=None):
     with (evaluate.log(folder, "metrics.jsonl", facts["metrics"]) as metrics_file, evaluate.log(folder, "games.jsonl", facts["games"]) as games_file,
           evaluate.stop_asked() as stop):
         for iteration in range(facts["iteration"], args.iterations):
-            last = args.iterations > 1 and iteration == args.iterations - 1
-            lam, lr = args.lam_last if last else args.lam, args.lr if iteration < 2 else args.lr_late
+            last = iteration == args.iterations - 1
+            lam, lr = args.lam_last if last and iteration else args.lam, args.lr if iteration < 2 else args.lr_late
             chosen = [i % len(data) for i in range(iteration * size, (iteration + 1) * size)]
             optimizer, update, rows, asked, spin = rmsprop(player, lr), 0, [], time.perf_counter(), args.game == "spin"
             if saved:  # within this iteration: the opponent's answers and log-probabilities are in the checkpoint
@@ -373,7 +374,7 @@ def main(argv=None):
             print(f"\niteration {iteration}: {len(pairs):,} pairs, {len(new):,} of them new; learning rate {lr:g}")
             if spin:
                 print(identical_line(new, lam, args.loss))
-            facts |= {"settings": settings, "iteration": iteration, "done": done, "rng": rng.getstate()}
+            facts |= {"iteration": iteration, "done": done, "rng": rng.getstate()}
 
             def checkpoint():
                 ids = [i for p in pairs for i in p.rival]
@@ -385,14 +386,14 @@ def main(argv=None):
             if not update:
                 checkpoint()
             asked = time.perf_counter() - asked
-            updates = args.epochs * math.ceil(len(pairs) / args.batch)
+            updates, kept = args.epochs * math.ceil(len(pairs) / args.batch), time.perf_counter()
             with tqdm(total=updates, initial=update, unit="update", disable=None, dynamic_ncols=True) as bar:
                 training = train(player, pairs, ref, lam, lr, optimizer, args, rng, update)
                 while update < updates and not stop:
                     try:
                         row = next(training)
                     except FloatingPointError as error:
-                        raise UserError(f"iteration {iteration}, update {update + 1}: {error}; it was not made, and the last checkpoint is whole: try a smaller --lr") from None
+                        raise UserError(f"iteration {iteration}, update {update + 1}: {error}; it was not made; try a smaller --lr in a new run") from None
                     if not update:  # the first update bears what the opponent did before it
                         row |= {"tokens": sum(len(p.rival) for p in new), "seconds": row["seconds"] + asked}
                     update += 1
@@ -400,8 +401,9 @@ def main(argv=None):
                     metrics_file.write(json.dumps({"step": done + update, "iteration": iteration, "tokens": 0} | row) + "\n")
                     bar.update()
                     bar.set_postfix_str("  ".join(f"{k} {row[k]:.3f}" for k in ("loss", "margin") if k in row))
-                    if update % args.save_every == 0 and update < updates:
+                    if (update % args.save_every == 0 or time.perf_counter() - kept > 600) and update < updates:  # long updates: every ten minutes
                         checkpoint()
+                        kept = time.perf_counter()
             if update < updates:
                 checkpoint()
                 save(player, folder / f"iteration-{iteration}-unfinished")
@@ -417,6 +419,10 @@ def main(argv=None):
                     now = opponent_logprobs(player, [pairs[show]], args.micro_batch)[0]
                     print(pair_text(tokenizer, data[chosen[show - len(pairs)]][0], pairs[show], now, ref[show], lam))
             rate(f"iteration {iteration}")
+            shutil.rmtree(folder / f"iteration-{iteration}-unfinished", ignore_errors=True)  # of a stop before
+            if stop and not last:
+                print(f"stopped after iteration {iteration}: python spin.py --resume {folder} goes on")
+                break
     print(f"\n{done - first} updates in {(time.perf_counter() - began) / 60:.1f} minutes; the iterates are in {folder}")
     if rates:
         report = evaluate.report(rates, queries)
@@ -426,7 +432,7 @@ def main(argv=None):
             print(f"{name}: {evaluate.win_line(win)}")
     if evaluate.draw([folder], folder / "curves.png"):
         print(f"look at it: {folder / 'curves.png'}; what the opponent said: {folder / 'games.jsonl'}; as a page: python evaluate.py report {folder}")
-    if update == updates:
+    if iteration == args.iterations - 1 and update == updates:
         evaluate.end(folder)
     lock.close()
 

@@ -27,7 +27,7 @@ def start(folder, game, *flags):
 def left(run):
     timeless = lambda line: {k: v for k, v in json.loads(line).items() if k != "seconds"}
     return ({path.parent.name: path.read_bytes() for path in run.glob("*/model.safetensors")}, (run / "games.jsonl").read_text(),
-            [timeless(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+            [timeless(line) for line in (run / "metrics.jsonl").read_text().splitlines()], (run / "evaluation.json").read_text())
 
 
 def main():
@@ -41,7 +41,7 @@ def main():
         folder, began = Path(temporary), time.time()
         whole, cut = folder / "runs" / "whole", folder / "runs" / "cut"
         process = start(folder, args.game, length, "--run", "whole")
-        while not ((whole / "metrics.jsonl").is_file() and (whole / "metrics.jsonl").stat().st_size):
+        while process.poll() is None and not ((whole / "metrics.jsonl").is_file() and (whole / "metrics.jsonl").stat().st_size):
             time.sleep(0.01)
         startup = time.time() - began  # seconds until the first step is there
         assert process.wait() == 0, process.stderr.read()

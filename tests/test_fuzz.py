@@ -24,16 +24,24 @@ TEMPLATES = {"hangs": "{% for i in range(99999) %}{% for j in range(99999) %}{% 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_hostile_template(name, tmp_path, monkeypatch):
     """Limited in time and in output, in a sandbox."""
-    real = llama.time_limit
-    monkeypatch.setattr(llama, "time_limit", lambda seconds, complaint: real(0.5, complaint))
+    monkeypatch.setattr(llama, "TEMPLATE_SECONDS", 0.5)
     (tmp_path / "tokenizer.json").write_bytes((ROOT / "tiny" / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[name]}))
-    with pytest.raises(llama.UserError):
+    says = {"hangs": "took longer", "floods": "took longer|without end", "reaches out": "unsafe|access", "deep": "does not compile"}[name]
+    with pytest.raises(llama.UserError, match=says):
         llama.Tokenizer(tmp_path).chat([{"role": "user", "content": "hello"}])
 
 
 def test_time_limits_nest():
-    """The inner limit's end does not lift the outer one."""
+    """The inner limit's end does not lift the outer one; a sooner outer one cuts a later inner one off; nobody swallows it."""
+    with pytest.raises(llama.UserError, match="outer"), llama.time_limit(0.2, "outer"), llama.time_limit(5, "inner"):
+        time.sleep(5)
+    with pytest.raises(llama.UserError, match="outer"), llama.time_limit(0.2, "outer"):
+        for _ in range(50):
+            try:
+                time.sleep(0.1)
+            except Exception:
+                pass
     with pytest.raises(llama.UserError, match="outer"), llama.time_limit(0.3, "outer"):
         with llama.time_limit(5, "inner"):
             pass

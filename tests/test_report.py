@@ -41,7 +41,7 @@ def test_the_page_is_whole_in_itself(runs):
     assert page.count("</script>") == 2 and games["runs/lsp"][0]["games"][0]["query"] == EVIL
     table = page[page.index("answered by every checkpoint"):page.index("<h2>Settings")]
     assert table.count("<tr>") == 1 + 3 and [table.count(f"<br>{name}<") for name in ("model", "iteration-0", "iteration-1")] == [1, 1, 1]
-    assert table.count(">start<") == 1  # both began from the same
+    assert table.count("<br>start<") == 1  # both began from the same
     for query in evaluate.language.evaluation_set(3):
         assert html.escape(query) in table
     assert "something &lt;went&gt; wrong" in page and page.count("<svg") == len(re.findall(r"<div><svg", page)) > 10
@@ -64,6 +64,14 @@ def test_many_games_are_thinned(runs, monkeypatch):
 def test_bad_input_is_one_line(runs, flags, says):
     done = command(evaluate, runs, "report", *flags)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, text", [("settings.json", "{"), ("evaluation.json", "[1]"), ("games.jsonl", '{"step": 1}\n'), ("settings.json", "[" * 100000)])
+def test_a_damaged_run_is_one_line(runs, tmp_path, name, text):
+    shutil.copytree(runs / "runs" / "lsp", tmp_path / "lsp")
+    (tmp_path / "lsp" / name).write_text(text)
+    done = command(evaluate, tmp_path, "report", "lsp", "--ask", "0")
+    assert done.returncode == 2 and name in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_in_a_real_browser(runs):

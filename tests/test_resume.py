@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(damage, says
     assert done.returncode == 0 and "on from step 2" in done.stdout and left(cut) == left(whole("lsp"))
 
 
-def test_a_checkpoint_of_other_settings_or_another_start_is_refused(cut, tmp_path):
+def test_a_checkpoint_of_other_settings_or_another_start_is_refused(cut, tmp_path, monkeypatch):
     settings = json.loads((cut / "settings.json").read_text())
     (cut / "settings.json").write_text(json.dumps(settings | {"lr": 1.0}))
     done = command(selfplay, tmp_path, "--resume", "runs/cut")
@@ -146,17 +146,53 @@ def test_a_checkpoint_of_other_settings_or_another_start_is_refused(cut, tmp_pat
     (cut / "settings.json").write_text(json.dumps(settings))
     done = command(spin, tmp_path, "--resume", "runs/cut")
     assert done.returncode == 2 and "game of lsp" in done.stderr
-    model, _ = llama.load(ROOT / "tiny")
+    real = llama.fingerprint
+    monkeypatch.setattr(selfplay, "fingerprint", lambda model, data: real(model, data) + 1)
+    done = command(selfplay, tmp_path, "--resume", "runs/cut")
+    assert done.returncode == 2 and "is not what this run began with" in done.stderr
+
+
+def test_a_fingerprint_tells_weights_and_data(small):
+    before = llama.fingerprint(small), llama.fingerprint(small, [("a", "b")])
+    assert len({*before}) == 2 and llama.fingerprint(small, [("a", "c")]) not in before
+    with torch.no_grad():
+        small.norm[0] += 1
+    assert llama.fingerprint(small) not in before
+
+
+def test_edited_data_is_refused(tmp_path, monkeypatch):
+    """The opponent's answers in the checkpoint belong to the old prompts."""
+    module, flags, (name, call) = GAMES["spin"]
+    write = lambda last: (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"Add {i} and 2.", "answer": str(i + 2)}) + "\n" for i in [*range(11), last]))
+    write(11)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_in(patch, module, name, call)
+        command(module, tmp_path, *COMMON, *flags, "--data", "data.jsonl", "--run", "cut")
+    write(12)
+    done = command(module, tmp_path, "--resume", "runs/cut")
+    assert done.returncode == 2 and "data.jsonl is not what this run began with" in done.stderr
+    write(11)
+    assert command(module, tmp_path, "--resume", "runs/cut").returncode == 0
+
+
+def test_a_run_of_an_older_version_goes_on(cut, tmp_path, whole):
+    """Its settings know nothing of a newer flag: the default stands."""
+    settings = json.loads((cut / "settings.json").read_text())
     facts, tensors = llama.read_state(cut / evaluate.CHECKPOINT)
-    assert facts["start"] == llama.fingerprint(model)
-    model.norm.data[0] += 1
-    assert facts["start"] != llama.fingerprint(model)
+    for old in (settings, facts["settings"]):
+        del old["games_every"]
+    (cut / "settings.json").write_text(json.dumps(settings | {"save_every": 1}))  # and this one may be changed
+    metadata = json.dumps(facts)
+    llama.save_file(tensors, cut / evaluate.CHECKPOINT, metadata={"facts": metadata, "checksum": str(llama._checksum(tensors, metadata))})
+    done = command(selfplay, tmp_path, "--resume", "runs/cut")
+    assert done.returncode == 0 and left(cut) == left(whole("lsp")), done.stderr
 
 
 def test_two_processes_never_play_one_run(cut, tmp_path):
-    held = evaluate.lock(cut)
-    done = command(selfplay, tmp_path, "--resume", "runs/cut")
-    assert done.returncode == 2 and "another process" in done.stderr
+    held, before = evaluate.lock(cut), (cut / evaluate.CHECKPOINT).read_bytes()
+    for run in ("runs/cut", f"runs/cut/{evaluate.CHECKPOINT}.previous"):
+        done = command(selfplay, tmp_path, "--resume", run)
+        assert done.returncode == 2 and "another process" in done.stderr and (cut / evaluate.CHECKPOINT).read_bytes() == before
     held.close()
     assert command(selfplay, tmp_path, "--resume", "runs/cut").returncode == 0
 
@@ -183,17 +219,23 @@ REWARDS = """
 import time
 def raises(queries, answers): return 1 / 0
 def hangs(queries, answers): time.sleep(60)
+def swallows(queries, answers):
+    for _ in range(100):
+        try: time.sleep(0.1)
+        except Exception: pass
+    return [[0.0] * len(group) for group in answers]
+def two_lines(queries, answers): raise ValueError("one\\ntwo")
 def nan(queries, answers): return [[float("nan")] * len(group) for group in answers]
 def huge(queries, answers): return [[3e38 * (-1) ** i for i, _ in enumerate(group)] for group in answers]
 """
 
 
-@pytest.mark.parametrize("name, says", [("raises", "failed: ZeroDivisionError: division by zero (mine.py, line 3)"), ("hangs", "took longer than 0.5 seconds"),
+@pytest.mark.parametrize("name, says", [("raises", "failed: ZeroDivisionError: division by zero (mine.py, line 3)"), ("swallows", "took longer than 0.5 seconds"), ("two_lines", "ValueError: one two (mine.py, line 10)"), ("hangs", "took longer than 0.5 seconds"),
                                         ("nan", "NaN or infinity"), ("huge", "the step was not taken")])
 def test_a_reward_gone_wrong_stops_the_run_in_one_line(name, says, tmp_path):
     (tmp_path / "mine.py").write_text(REWARDS)
     done = command(selfplay, tmp_path, *COMMON, "--game", "lsp-zero", "--steps", "2", "--queries", "2", "--answers", "2", "--reward", f"mine.py:{name}", "--reward-timeout", "0.5", "--run", "a")
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
     if name == "huge":
         assert len(json.loads((tmp_path / "runs" / "a" / "not-finite.json").read_text())["games"]) == 2
 
@@ -213,4 +255,20 @@ def test_a_kill_between_two_renames_leaves_a_whole_checkpoint(tmp_path, small, m
     with pytest.raises(Killed):
         llama.save_state(path, optimizer, generator, {"step": 3, "settings": {}})
     monkeypatch.undo()
-    assert not path.exists() and evaluate.reopen(tmp_path, {})[1]["step"] == 2 and path.exists()
+    assert not path.exists()
+    (tmp_path / "settings.json").write_text("{}")
+    _, held, facts, _ = evaluate.reopen(tmp_path)
+    held.close()
+    assert facts["step"] == 2 and path.exists()
+
+
+def test_a_lesson_that_is_not_finite_is_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    done = command(selfplay, tmp_path, *COMMON, "--game", "lsp-zero", "--explain", "--reward", "mine.py:huge")
+    assert done.returncode == 2 and "the gradient's norm is" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_reward_that_does_not_load_is_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\ny = missing\n")
+    done = command(selfplay, tmp_path, *COMMON, "--game", "lsp-zero", "--reward", "mine.py:f")
+    assert done.returncode == 2 and "NameError: name 'missing' is not defined (mine.py, line 2)" in done.stderr
