@@ -295,10 +295,10 @@ def stop_asked():
     """A list that is no longer empty once Ctrl-C (or SIGTERM) asked to stop: then finish the step, save, and stop. A second Ctrl-C stops at once."""
     asked = []
 
-    def ask(*_):
-        if asked:
+    def ask(number, _):
+        if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
-        asked.append(True)
+        asked.append(number)
         print("\nstopping after this step (Ctrl-C again: at once, the last checkpoint stays)", file=sys.stderr)
     if threading.current_thread() is not threading.main_thread():  # only the main thread may listen to signals
         yield asked

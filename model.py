@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -562,7 +563,7 @@ def clip(optimizer, largest):
 
     Raises FloatingPointError where that is not finite: the step must not be taken then.
     """
-    norm = torch.nn.utils.clip_grad_norm_(weights_of(optimizer), largest).item()
+    norm = _whole(torch.nn.utils.clip_grad_norm_(weights_of(optimizer), largest)).item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}")
     return norm
@@ -574,16 +575,20 @@ def set_rate(optimizer, lr):
         group["lr"] = lr
 
 
-def save_state(path, optimizer, generator, facts, **tensors):
-    """Write a checkpoint, one safetensors file: weights, optimizer, the generator's state, `facts` (JSON) and other tensors.
+def save_state(path, optimizer, generator, facts, crew=None, **tensors):
+    """Write a checkpoint, one safetensors file: weights, optimizer, the generators' states, `facts` (JSON) and other tensors.
+
+    All processes of a crew (default: one alone) call this, and the first writes.
 
     Written beside its place and renamed; the one that was there becomes <name>.previous. A kill at any moment leaves a whole one.
     Raises UserError where it cannot be written; what was there before stays.
     """
-    path = Path(path)
-    tensors = tensors | {"generator": generator.get_state()} | {f"weight.{i}": w for i, w in enumerate(weights_of(optimizer))}
+    path, crew = Path(path), crew or Crew()
+    tensors = tensors | {"generator": torch.stack(crew.all(generator.get_state()))} | {f"weight.{i}": w for i, w in enumerate(weights_of(optimizer))}
     tensors |= {f"optimizer.{i}.{name}": value for i, own in optimizer.state_dict()["state"].items() for name, value in own.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    tensors = {name: _whole(value.detach()).cpu().contiguous() for name, value in tensors.items()}
+    if crew.rank:
+        return
     new = path.with_name(path.name + ".new")
     try:
         facts = json.dumps(facts)
@@ -619,14 +624,18 @@ def read_state(path):
     return facts, tensors
 
 
-def load_state(model, optimizer, generator, tensors):
-    """Put a checkpoint's tensors back: weights, optimizer, generator. The model's weights follow from the optimizer's."""
+def load_state(model, optimizer, generator, tensors, crew=None):
+    """Put a checkpoint's tensors back: weights, optimizer, generator. The model's weights follow from the optimizer's.
+
+    With another number of processes than it was saved by, each draws on from a new state of its own.
+    """
+    crew = crew or Crew()
     weights = weights_of(optimizer)
     if [list(w.shape) for w in weights] != [list(tensors[f"weight.{i}"].shape) for i in range(len(weights)) if f"weight.{i}" in tensors]:
         raise UserError("the checkpoint is of another model")
     with torch.no_grad():
         for i, w in enumerate(weights):
-            w.copy_(tensors[f"weight.{i}"])
+            w.copy_(_as(tensors[f"weight.{i}"], w))
         for own, w in zip(model.parameters(), weights):
             if own is not w:  # bfloat16: the optimizer's are the float32 masters
                 own.copy_(w)
@@ -634,9 +643,12 @@ def load_state(model, optimizer, generator, tensors):
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = value
+            state.setdefault(int(i), {})[key] = _as(value, weights[int(i)]) if value.shape == weights[int(i)].shape else value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    generator.set_state(tensors["generator"])
+    if len(tensors["generator"]) == crew.size:
+        generator.set_state(tensors["generator"][crew.rank])
+    else:
+        generator.manual_seed(zlib.crc32(tensors["generator"].numpy().tobytes()) + crew.rank)
 
 
 def _checksum(tensors, text=""):
@@ -662,11 +674,23 @@ def offload(model):
 
 @contextmanager
 def resident(model):
-    """The model with its weights on its device, that of its rotary tables, for the length of a `with`.
+    """The model with all its weights on its device, that of its rotary tables, for the length of a `with`.
 
     Nothing happens to a model that is there already. An offloaded one is copied, and the copy dropped: it is frozen, so its
-    weights in CPU memory are still the truth.
+    weights in CPU memory are still the truth. One that is shared out among processes is gathered once, by all of them together.
     """
+    if hasattr(model, "unshard"):
+        parts = [*model.blocks, model]
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        try:
+            yield model
+        finally:
+            for part in parts:
+                part.reshard()
+                part.set_reshard_after_forward(part is not model, recurse=False)
+        return
     home = [p.data for p in model.parameters()]
     for p in model.parameters():
         p.data = p.data.to(model.cos.device, non_blocking=True)
@@ -675,6 +699,67 @@ def resident(model):
     finally:
         for p, data in zip(model.parameters(), home):
             p.data = data
+
+
+# Several processes, `torchrun --nproc-per-node 8 selfplay.py ..`: each plays its share of a step's games, and holds its share of the
+# weights and of the optimizer (FSDP2). They are gathered once for sampling; in training, layer by layer.
+
+class Crew(NamedTuple):
+    """The processes that play one run together: which one this is, and how many they are."""
+    rank: int = 0
+    size: int = 1
+
+    def share(self, items):
+        """This process's part of what all have, in order of rank."""
+        n = len(items) // self.size
+        return items[self.rank * n:(self.rank + 1) * n]
+
+    def all(self, mine):
+        """What every process has, in order of rank: a list."""
+        out = [mine] * self.size
+        if self.size > 1:
+            dist.all_gather_object(out, mine)
+        return out
+
+
+def join(device):
+    """(Crew, device) of this process: torchrun says in the environment how many play together; alone, without it."""
+    if "RANK" not in os.environ:
+        return Crew(), device
+    if torch.device(device).type == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Crew(dist.get_rank(), dist.get_world_size()), device
+
+
+def leave(crew):
+    """The end of playing together."""
+    if crew.size > 1:
+        dist.destroy_process_group()
+
+
+def shard(model, dtype=torch.float32):
+    """Share a model's float32 weights out among the processes, computing in dtype. Returns it."""
+    from torch.distributed.device_mesh import init_device_mesh  # half a second, which one process alone need not wait
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh, policy = init_device_mesh(model.cos.device.type, (dist.get_world_size(),)), MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for part in [*model.blocks, model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def _whole(tensor):
+    """A tensor that is shared out, gathered from all processes; any other one as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _as(tensor, like):
+    """A whole tensor, shared out as `like` is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def parameter_count(config):
@@ -984,14 +1069,18 @@ def save(model, folder):
     """Write a loaded model, and the tokenizer files of the folder it came from, to a folder in Hugging Face layout.
 
     The weights come last and by renaming: where a model.safetensors is, it is whole. Raises UserError where it cannot be written.
+    All processes of a crew call this, and the first writes.
     """
+    weights = {name: _whole(p.detach()).cpu() for name, p in model.named_parameters()}
+    if dist.is_initialized() and dist.get_rank():
+        return
     try:
-        _save(model, Path(folder))
+        _save(model, weights, Path(folder))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written ({_line(error)})") from None
 
 
-def _save(model, folder):
+def _save(model, weights, folder):
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     raw = model.raw | {"torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in model.raw else {})  # newer transformers read dtype
@@ -1001,8 +1090,7 @@ def _save(model, folder):
             shutil.copyfile(model.folder / name, folder / name)
     tensors = {}
     for ours, parts in _weight_map(model.config).items():
-        weight = model.get_parameter(ours).detach().cpu()
-        split = weight.split(list(parts.values())) if len(parts) > 1 else [weight]
+        split = weights[ours].split(list(parts.values())) if len(parts) > 1 else [weights[ours]]
         tensors |= {name: piece.contiguous().clone() for name, piece in zip(parts, split)}
     save_file(tensors, folder / "model.safetensors.new", metadata={"format": "pt"})
     (folder / "model.safetensors.new").replace(folder / "model.safetensors")

@@ -24,6 +24,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -34,8 +35,8 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from model import (DTYPES, UserError, check_device, check_memory, clip, fingerprint, generate, groups, load, load_state, logprobs, memory_plan, number,
-                   offload, optimizer_for, pack, parameter_count, read_config, resident, run_command, save, save_state, set_rate)
+from model import (DTYPES, Crew, UserError, check_device, check_memory, clip, fingerprint, generate, groups, join, leave, load, load_state, logprobs, memory_plan,
+                   number, offload, optimizer_for, pack, parameter_count, read_config, read_state, resident, run_command, save, save_state, set_rate, shard)
 from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model
 from tiny import language
 
@@ -94,24 +95,26 @@ def challenger_prompt(tokenizer, task=None, template=None):
     return tokenizer.chat([{"role": "user", "content": text}])
 
 
-def play(model, tokenizer, prompt, draw, args, generator):
+def play(model, tokenizer, prompt, draw, args, generator, crew=Crew()):
     """Both players' moves: (queries, answers, challenger or None, solver). One prompt for the Challenger, N for the Solver.
 
     prompt: the Challenger's ids; or None, for GRPO: then each query is the last message of a conversation that draw() gives.
+    crew: of several processes, each plays its share of the N queries.
     """
     entropy = lambda out: -torch.cat(out.logprobs).mean().item()
     challenger = None
-    if prompt is None:
-        conversations = [draw() for _ in range(args.queries)]
-        queries = [messages[-1]["content"] for messages in conversations]
-    else:
-        out = generate(model, [prompt], args.queries, args.query_tokens, args.temperature, generator)
-        challenger = Player([prompt], [out.ids], out.finished, entropy=entropy(out))
-        queries = [tokenizer.decode(ids) for ids in out.ids]
-        # The query goes in as plain text of a user turn: nothing the Challenger wrote can become a special token.
-        conversations = [[{"role": "user", "content": q}] for q in queries]
-    prompts = [tokenizer.chat(messages) for messages in conversations]
-    out = generate(model, prompts, args.answers, args.answer_tokens, args.temperature, generator)
+    with resident(model):
+        if prompt is None:
+            conversations = crew.share([draw() for _ in range(args.queries)])  # all draw alike
+            queries = [messages[-1]["content"] for messages in conversations]
+        else:
+            out = generate(model, [prompt], args.queries // crew.size, args.query_tokens, args.temperature, generator)
+            challenger = Player([prompt], [out.ids], out.finished, entropy=entropy(out))
+            queries = [tokenizer.decode(ids) for ids in out.ids]
+            # The query goes in as plain text of a user turn: nothing the Challenger wrote can become a special token.
+            conversations = [[{"role": "user", "content": q}] for q in queries]
+        prompts = [tokenizer.chat(messages) for messages in conversations]
+        out = generate(model, prompts, args.answers, args.answer_tokens, args.temperature, generator)
     answers = groups([tokenizer.decode(ids) for ids in out.ids], args.answers)
     return queries, answers, challenger, Player(prompts, groups(out.ids, args.answers), out.finished, entropy=entropy(out))
 
@@ -150,11 +153,15 @@ def player_loss(lp, ref, owner, advantage, count, weight, beta, kl="k3"):
     return loss, (count * penalty)[here].detach().sum()
 
 
-def score(queries, answers, referee, judge, args):
-    """(R [N, G], weighted R_Q [N, G], A_Sol [N, G], A_Ch [N]) of a step's texts. judge None: R_Q is 0 (LSP-Zero)."""
+def score(queries, answers, referee, judge, args, crew=Crew()):
+    """(R [N, G], weighted R_Q [N, G], A_Sol [N, G], A_Ch [N]) of a step's texts. judge None: R_Q is 0 (LSP-Zero).
+
+    crew: of several processes, each scores its share, and the Challenger's mean is taken over all N.
+    """
     reward = judged(referee, queries, answers)
     quality = judged(judge, queries, answers) * args.quality if judge else torch.zeros_like(reward)
-    return reward, quality, *advantages(reward, quality, PAY[args.pay], args.advantage)
+    a_sol, a_ch = advantages(torch.cat(crew.all(reward)), torch.cat(crew.all(quality)), PAY[args.pay], args.advantage)
+    return reward, quality, crew.share(a_sol), crew.share(a_ch)
 
 
 def sides(solver, challenger, a_sol, a_ch, args):
@@ -165,11 +172,12 @@ def sides(solver, challenger, a_sol, a_ch, args):
     return players
 
 
-def gradients(model, reference, players, args):
+def gradients(model, reference, players, args, crew=Crew()):
     """Gradients of L_Sol + alpha_Ch L_Ch, added to what there is: {name: (loss, KL a token)}.
 
     players: what `sides` returns. Answers that a group gave several times are computed once, with their advantages summed:
     the same loss and gradient for less work. A completion lies in one micro-batch, so the split changes nothing.
+    crew: of several processes, each computes its share, equal in number; the gradients are averaged on their way (shard).
     """
     device, report = model.embed.weight.device, {}
     for name, (player, alpha, beta) in players.items():
@@ -179,23 +187,25 @@ def gradients(model, reference, players, args):
         lengths = torch.tensor([float(len(ids)) for group in player.completions for ids in group], device=device)  # [M]
         fold = lambda values: torch.zeros(len(number), device=device).index_add(0, which, values)  # [M] -> [U]
         count, advantage = fold(torch.ones_like(lengths)), fold(player.advantage.to(device))
-        weight = fold(AGGREGATE[args.aggregate](lengths)) / count
+        weight = fold(crew.share(AGGREGATE[args.aggregate](torch.cat(crew.all(lengths.cpu())))).to(device)) / count
         loss_sum, kl_sum = 0.0, 0.0
         batches = pack(player.prompts, different, args.micro_batch, device)
         with torch.no_grad(), resident(reference):
             references = [logprobs(reference, packed, args.temperature) for packed in batches]
-        for packed, ref in zip(batches, references):
+        for i in range(max(crew.all(len(batches)))):  # all gather weights together, so all go as often: one that is done, for nothing
+            packed, ref, real = (*((batches[i], references[i]) if i < len(batches) else (batches[0], references[0])), i < len(batches))
             lp = logprobs(model, packed, args.temperature)
             loss, kl = player_loss(lp, ref, packed.owner, advantage, count, weight, beta, args.kl_form)
-            (alpha * loss).backward()
-            loss_sum, kl_sum = loss_sum + loss.item(), kl_sum + kl.item()
-        report[name] = (loss_sum, kl_sum / lengths.sum().item())
+            (real * alpha * loss).backward()
+            loss_sum, kl_sum = loss_sum + real * loss.item(), kl_sum + real * kl.item()
+        loss, kl, tokens = map(sum, zip(*crew.all((loss_sum / crew.size, kl_sum, lengths.sum().item()))))
+        report[name] = (loss, kl / tokens)
     return report
 
 
-def update(model, reference, optimizer, players, args):
+def update(model, reference, optimizer, players, args, crew=Crew()):
     """One optimizer step on L_Sol + alpha_Ch L_Ch: {name: (loss, KL a token)}, gradient norm before clipping."""
-    report = gradients(model, reference, players, args)
+    report = gradients(model, reference, players, args, crew)
     norm = clip(optimizer, args.clip)
     optimizer.step()
     optimizer.zero_grad()
@@ -225,6 +235,16 @@ def agreement(reward, quality):
     pair = (reward[:, :, None] > 0) & (reward[:, None, :] <= 0)  # [N, G, G]
     prefers = ((quality[:, :, None] - quality[:, None, :]).sign() + 1) / 2
     return prefers[pair].mean().item() if pair.any() else None
+
+
+def together(parts):
+    """The shares of all processes as one: of texts, tensors and Players; None stays None."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Player):
+        return Player(*([item for p in parts for item in p[i]] for i in range(3)), entropy=sum(p.entropy for p in parts) / len(parts))
+    return torch.cat(parts) if isinstance(first, torch.Tensor) else [item for part in parts for item in part]
 
 
 def measure(queries, solver, challenger, reward, quality, valid, losses, norm):
@@ -459,20 +479,29 @@ def parse_args(argv=None):
 def main(argv=None):
     """Play, score, update, step by step, into a run's folder; then the scoreboard."""
     args = parse_args(argv)
-    generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)
+    crew, device = join(check_device(args.device))
+    if crew.size > 1 and (args.offload or args.explain or args.dry_run or args.queries % crew.size):
+        raise UserError(f"{crew.size} processes play together without --offload, --explain and --dry-run, and share --queries out evenly")
+    if crew.rank:
+        sys.stdout = open(os.devnull, "w")  # the first one speaks for all
+    generator = torch.Generator(device).manual_seed(args.seed + (crew.rank << 32))
     rng = random.Random(args.seed)
     config, dtype = read_config(args.model, args.revision), DTYPES[args.dtype]
     lookers_on = [config] + ([read_config(args.reward)] if names_model(args.reward) else [])
     plan = memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute, frozen=lookers_on, offloaded=args.offload)
     if args.dry_run:
         print(f"{args.game} on {args.model}: {parameter_count(config):,} parameters, {args.dtype}")
-    check_memory(plan, args.device, args.dry_run)
-    model, tokenizer = load(args.model, args.device, dtype, args.revision)
+    if crew.size == 1:
+        check_memory(plan, device, args.dry_run)
+    model, tokenizer = load(args.model, device, dtype if crew.size == 1 else torch.float32, args.revision)
     reference = copy.deepcopy(model).requires_grad_(False)  # the starting model: KL anchor, judge, and opponent at the end
     prompt = None if args.game == "grpo" else challenger_prompt(tokenizer, args.task, args.template)
     data = evaluate.read_data(args.data) if args.data else None
     draw = (lambda: rng.choice(data)[0]) if data else lambda: [{"role": "user", "content": language.draw(rng)}]
-    referee = load_referee(args.reward, args.device, data, dtype, args.reward_timeout)
+    referee = load_referee(args.reward, device, data, dtype, args.reward_timeout)
+    start = fingerprint(model, data)
+    if crew.size > 1:
+        shard(model, dtype), shard(reference, dtype)
     if args.offload:
         for frozen in [reference] + ([referee.model] if names_model(args.reward) else []):
             offload(frozen)
@@ -493,18 +522,21 @@ def main(argv=None):
         return
     if args.explain:
         return explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge, args, generator)
-    start = fingerprint(model, data)
-    if hasattr(args, "resume"):
+    folder = facts = tensors = None
+    if not crew.rank and hasattr(args, "resume"):
         folder, lock, facts, tensors = evaluate.reopen(args.resume)
-        if facts["start"] != start:
-            raise UserError(f"{args.model}{f' or {args.data}' if args.data else ''} is not what this run began with")
-        load_state(model, optimizer, generator, tensors)
-        del tensors
-        rng.setstate((facts["rng"][0], tuple(facts["rng"][1]), facts["rng"][2]))
-    else:
+    elif not crew.rank:
         folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
         lock = evaluate.lock(folder)  # held until this process ends
         facts = {"settings": vars(args), "start": start, "step": 0, "said": {}, "recent": [], "metrics": 0, "games": 0}
+    folder, facts = crew.all((folder, facts))[0]  # the first one's
+    if facts["start"] != start:
+        raise UserError(f"{args.model}{f' or {args.data}' if args.data else ''} is not what this run began with")
+    if hasattr(args, "resume"):
+        load_state(model, optimizer, generator, tensors or read_state(folder / evaluate.CHECKPOINT)[1], crew)
+        del tensors
+        rng.setstate((facts["rng"][0], tuple(facts["rng"][1]), facts["rng"][2]))
+    log = evaluate.log if not crew.rank else lambda *_: open(os.devnull, "w")
     done, recent, said = facts["step"], facts["recent"], facts["said"]
     print(f"{args.game} on {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, " + (f"on from step {done} of {folder}" if done else f"into {folder}"))
@@ -512,24 +544,27 @@ def main(argv=None):
 
     began, first = time.perf_counter(), done + 1
     saved = began
-    with (evaluate.log(folder, "metrics.jsonl", facts["metrics"]) as metrics_file, evaluate.log(folder, "games.jsonl", facts["games"]) as games_file,
-          evaluate.stop_asked() as asked, tqdm(range(first, args.steps + 1), initial=done, total=args.steps, unit="step", disable=None, dynamic_ncols=True) as bar):
+    with (log(folder, "metrics.jsonl", facts["metrics"]) as metrics_file, log(folder, "games.jsonl", facts["games"]) as games_file, evaluate.stop_asked() as asked,
+          tqdm(range(first, args.steps + 1), initial=done, total=args.steps, unit="step", disable=True if crew.rank else None, dynamic_ncols=True) as bar):
         def checkpoint():
             save_state(folder / evaluate.CHECKPOINT, optimizer, generator, facts | {
-                "step": done, "rng": rng.getstate(), "said": said, "recent": recent, "metrics": metrics_file.tell(), "games": games_file.tell()})
+                "step": done, "rng": rng.getstate(), "said": said, "recent": recent, "metrics": metrics_file.tell(), "games": games_file.tell()}, crew)
 
         for step in bar:
             step_began = time.perf_counter()
             set_rate(optimizer, args.lr * min(step / 20, 1 - (step - 1) / args.steps))
-            queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
-            reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args)
+            queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator, crew)
+            reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args, crew)
             players = sides(solver, challenger, a_sol, a_ch, args)
+            # From here on, for the record, what all processes played.
+            queries, answers, challenger, solver, reward, quality, a_sol, a_ch = map(together, zip(*crew.all((queries, answers, challenger, solver, reward, quality, a_sol, a_ch))))
             valid = referee.valid(queries) if hasattr(referee, "valid") else None
             games = json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n"
             try:
-                losses, norm = update(model, reference, optimizer, players, args)
+                losses, norm = update(model, reference, optimizer, players, args, crew)
             except FloatingPointError as error:
-                (folder / "not-finite.json").write_text(games)
+                if not crew.rank:
+                    (folder / "not-finite.json").write_text(games)
                 raise UserError(f"step {step}: {error}; the step was not taken, its games are in {folder / 'not-finite.json'}; try a smaller --lr in a new run") from None
 
             row = measure(queries, solver, challenger, reward, quality if judge else None, valid, losses, norm)
@@ -541,24 +576,30 @@ def main(argv=None):
             done, recent = step, [*recent, row][-WINDOW:]
             for sentence in watch(recent, said):
                 bar.write(sentence)
-                (folder / "warnings.txt").write_text("".join(line + "\n" for line in said.values()))
+                if not crew.rank:
+                    (folder / "warnings.txt").write_text("".join(line + "\n" for line in said.values()))
             bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
             if step % args.show_every == 0 or step == 1:
                 bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))
-            if step % args.save_every == 0 or asked or step == args.steps or time.perf_counter() - saved > 600:  # long steps: every ten minutes
+            stop, due = map(max, zip(*crew.all((bool(asked), time.perf_counter() - saved > 600))))  # long steps: every ten minutes
+            if step % args.save_every == 0 or stop or step == args.steps or due:
                 checkpoint()
                 saved = time.perf_counter()
-            if asked:
+            if stop:
                 break
     save(model, folder / "model")
+    rates, queries = {}, language.evaluation_set(args.eval_items)
+    with resident(model), resident(reference):
+        if done and args.reward == "exact" and not crew.rank:  # the scoreboard speaks of the embedded language
+            # Independent samples for the two: with one seed they would answer with the same luck.
+            rates = {name: evaluate.rate(m, tokenizer, queries, 2 * args.seed + i) for i, (name, m) in enumerate([("start", reference), ("now", model)])}
+    leave(crew)
+    if crew.rank:
+        return
     if done < args.steps:
         print(f"stopped after step {done}; saved what there is: python selfplay.py --resume {folder} goes on")
     print(f"\n{done - first + 1} steps in {(time.perf_counter() - began) / 60:.1f} minutes; the model is in {folder / 'model'}")
-    if done and args.reward == "exact":  # the scoreboard speaks of the embedded language
-        queries = language.evaluation_set(args.eval_items)
-        # Independent samples for the two: with one seed they would answer with the same luck.
-        with resident(reference):
-            rates = {name: evaluate.rate(m, tokenizer, queries, 2 * args.seed + i) for i, (name, m) in enumerate([("start", reference), ("now", model)])}
+    if rates:
         report = evaluate.report(rates, queries)
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         print("\n" + evaluate.table(report["scores"]))

@@ -21,6 +21,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -310,6 +311,8 @@ def parse_args(argv=None):
 def main(argv=None):
     """Play: the opponent answers, the player trains, and is the next opponent."""
     args = parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("this game is for one process: start it without torchrun")
     path = getattr(args, "data", None)
     generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)
     rng = random.Random(args.seed)
