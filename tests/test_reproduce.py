@@ -80,7 +80,7 @@ def said(results):
 
 def test_claims_that_hold(tmp_path):
     found = said(made_up(tmp_path, GAINS))
-    assert {k: v for k, (v, _) in found.items()} == {"1": "yes", "2": "yes", "3": "yes", "4": "yes", "5": "yes", "6a": "yes", "6b": "yes", "7": "yes", "8": "", "9": "yes", "10": "yes"}
+    assert {k: v for k, (v, _) in found.items()} == {"1": "yes", "2": "yes", "3": "yes", "4a": "yes", "4b": "yes", "5": "yes", "6a": "yes", "6b": "yes", "7": "yes", "8": "", "9": "yes", "10": "yes"}
     assert "LSP +10.0" in found["1"][1] and "-0.5" in found["3"][1] and "r-zero 0.90" in found["8"][1] and "r-zero 0.10" in found["8"][1]
     assert "+3.0" in found["6a"][1] and "+2.5" in found["6b"][1]
 
@@ -88,19 +88,19 @@ def test_claims_that_hold(tmp_path):
 def test_claims_that_fail(tmp_path):
     """Everything falls: no claim may hold."""
     found = said(made_up(tmp_path, {m: -g for m, g in GAINS.items()} | {"GRPO on data": 0.1, "more fine-tuning": 0.2, "SPIN, one long iteration": 0.2}, 0.0, (-0.01, -0.02, -0.02, -0.01)))
-    assert {v for k, (v, _) in found.items() if k not in ("3", "4", "8")} == {"no"}
-    assert found["3"][0] == "no" and found["4"][0] in ("no", "not decided")
+    assert {v for k, (v, _) in found.items() if k not in ("3", "4a", "8")} == {"no"}
+    assert found["3"][0] == "no" and found["4a"][0] in ("no", "not decided")
 
 
 def test_a_game_that_only_gets_better_has_not_degenerated(tmp_path):
     """Its queries stay well formed, and it ends above LSP: claims 3 and 4 must not be counted as shown."""
     found = said(made_up(tmp_path, GAINS | {"LSP-Zero, eager, 3 x as long": 0.25}, 0.0))
-    assert found["3"][0] != "yes" and found["4"][0] == "no"
+    assert found["3"][0] != "yes" and found["4a"][0] != "yes" and found["4b"][0] == "no"
 
 
 def test_one_seed_decides_nothing_about_curves(tmp_path):
     found = said(made_up(tmp_path, GAINS, seeds=1))
-    assert found["3"][0] == found["4"][0] == "not decided" and found["1"][0] == "yes"
+    assert found["3"][0] == found["4a"][0] == "not decided" and found["1"][0] == "yes"
 
 
 def test_table_and_picture(tmp_path):
