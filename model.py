@@ -27,7 +27,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -292,6 +292,7 @@ class Llama(nn.Module):
         self.config, self.raw = config, raw or {}  # raw: config.json as it was read, so that it is saved as it was
         self.recompute = False  # keep only each layer's input for the backward pass and compute the rest again: less memory
         self.gathering = []  # see optimizer_for
+        self.saved_in = None  # a dtype, where that is not the weights' own: see shard
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
@@ -586,7 +587,7 @@ def save_state(path, optimizer, generator, facts, crew=None, **tensors):
     path, crew = Path(path), crew or Crew()
     tensors = tensors | {"generator": torch.stack(crew.all(generator.get_state()))} | {f"weight.{i}": w for i, w in enumerate(weights_of(optimizer))}
     tensors |= {f"optimizer.{i}.{name}": value for i, own in optimizer.state_dict()["state"].items() for name, value in own.items()}
-    tensors = {name: _whole(value.detach()).cpu().contiguous() for name, value in tensors.items()}
+    tensors = _gathered(tensors, crew.rank)
     if crew.rank:
         return
     new = path.with_name(path.name + ".new")
@@ -645,10 +646,11 @@ def load_state(model, optimizer, generator, tensors, crew=None):
             _, i, key = name.split(".")
             state.setdefault(int(i), {})[key] = _as(value, weights[int(i)]) if value.shape == weights[int(i)].shape else value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    if len(tensors["generator"]) == crew.size:
-        generator.set_state(tensors["generator"][crew.rank])
+    states = tensors["generator"]  # [processes, bytes]
+    if len(states) == crew.size:
+        generator.set_state(states[crew.rank])
     else:
-        generator.manual_seed(zlib.crc32(tensors["generator"].numpy().tobytes()) + crew.rank)
+        generator.manual_seed(zlib.crc32(states.numpy().tobytes()) ^ crew.rank)
 
 
 def _checksum(tensors, text=""):
@@ -661,8 +663,8 @@ def _checksum(tensors, text=""):
 
 
 def fingerprint(model, data=None):
-    """A number that changes when a model's weights do, or the data: CRC-32 of the beginning of each weight, and of all data."""
-    return _checksum({name: p.detach().flatten()[:256].cpu().contiguous() for name, p in model.named_parameters()}, repr(data))
+    """A number that changes when a model's weights do, or the data: CRC-32 of the beginning of each weight, in any dtype, and of all data."""
+    return _checksum({name: p.detach().flatten()[:256].cpu().bfloat16() for name, p in model.named_parameters()}, repr(data))
 
 
 def offload(model):
@@ -725,28 +727,41 @@ class Crew(NamedTuple):
 def join(device):
     """(Crew, device) of this process: torchrun says in the environment how many play together; alone, without it."""
     if "RANK" not in os.environ:
-        return Crew(), device
-    if torch.device(device).type == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        return Crew(), check_device(device)
+    if device.startswith("cuda"):
+        device = check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Crew(dist.get_rank(), dist.get_world_size()), device
+    # Long: others may wait for one's slow reward, or for the first to write. One that dies is torchrun's to notice, at once.
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+    return Crew(dist.get_rank(), dist.get_world_size()), check_device(device)
 
 
 def leave(crew):
-    """The end of playing together."""
+    """The end of playing together: all wait for the last."""
     if crew.size > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
-def shard(model, dtype=torch.float32):
-    """Share a model's float32 weights out among the processes, computing in dtype. Returns it."""
+def shard(model, device="cpu", dtype=torch.float32):
+    """Share the float32 weights of a model on the CPU out among the processes' devices, layer by layer; it computes in dtype. Returns it."""
     from torch.distributed.device_mesh import init_device_mesh  # half a second, which one process alone need not wait
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh, policy = init_device_mesh(model.cos.device.type, (dist.get_world_size(),)), MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    model.saved_in = dtype
+    mesh, policy = init_device_mesh(torch.device(device).type, (dist.get_world_size(),)), MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in [*model.blocks, model]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
+
+
+def _gathered(tensors, rank):
+    """{name: tensor} whole and on the CPU, in the first process; the others only help, one tensor after the other."""
+    whole = {}
+    for name, tensor in tensors.items():
+        value = _whole(tensor.detach())
+        if rank == 0:
+            whole[name] = value.cpu().contiguous()
+    return whole
 
 
 def _whole(tensor):
@@ -976,7 +991,7 @@ def _read_weights(folder):
     tensors = {}
     for shard in shards:
         if Path(shard).name != shard or not os.path.isfile(folder / shard):  # of any text at all; Path.is_file may raise
-            raise UserError(f"{folder}: {shard[:100]!r} is missing")
+            raise UserError(f"{folder}: {_line(shard)} is missing")
         try:
             with safe_open(folder / shard, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}
@@ -1071,8 +1086,9 @@ def save(model, folder):
     The weights come last and by renaming: where a model.safetensors is, it is whole. Raises UserError where it cannot be written.
     All processes of a crew call this, and the first writes.
     """
-    weights = {name: _whole(p.detach()).cpu() for name, p in model.named_parameters()}
-    if dist.is_initialized() and dist.get_rank():
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    weights = _gathered(dict(model.named_parameters()), rank)
+    if rank:
         return
     try:
         _save(model, weights, Path(folder))
@@ -1082,7 +1098,8 @@ def save(model, folder):
 
 def _save(model, weights, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    weights = {name: weight.to(model.saved_in or weight.dtype) for name, weight in weights.items()}
+    dtype = str(weights["embed.weight"].dtype).removeprefix("torch.")
     raw = model.raw | {"torch_dtype": dtype} | ({"dtype": dtype} if "dtype" in model.raw else {})  # newer transformers read dtype
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json"):

@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from model import (DTYPES, Crew, UserError, check_device, check_memory, clip, fingerprint, generate, groups, join, leave, load, load_state, logprobs, memory_plan,
+from model import (DTYPES, Crew, UserError, check_memory, clip, fingerprint, generate, groups, join, leave, load, load_state, logprobs, memory_plan,
                    number, offload, optimizer_for, pack, parameter_count, read_config, read_state, resident, run_command, save, save_state, set_rate, shard)
 from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model
 from tiny import language
@@ -243,7 +243,8 @@ def together(parts):
     if first is None:
         return None
     if isinstance(first, Player):
-        return Player(*([item for p in parts for item in p[i]] for i in range(3)), entropy=sum(p.entropy for p in parts) / len(parts))
+        tokens = [sum(len(ids) for group in p.completions for ids in group) for p in parts]
+        return Player(*([item for p in parts for item in p[i]] for i in range(3)), entropy=sum(p.entropy * n for p, n in zip(parts, tokens)) / sum(tokens))
     return torch.cat(parts) if isinstance(first, torch.Tensor) else [item for part in parts for item in part]
 
 
@@ -479,12 +480,13 @@ def parse_args(argv=None):
 def main(argv=None):
     """Play, score, update, step by step, into a run's folder; then the scoreboard."""
     args = parse_args(argv)
-    crew, device = join(check_device(args.device))
+    crew, device = join(args.device)
     if crew.size > 1 and (args.offload or args.explain or args.dry_run or args.queries % crew.size):
         raise UserError(f"{crew.size} processes play together without --offload, --explain and --dry-run, and share --queries out evenly")
     if crew.rank:
         sys.stdout = open(os.devnull, "w")  # the first one speaks for all
-    generator = torch.Generator(device).manual_seed(args.seed + (crew.rank << 32))
+    seed = random.Random(f"{args.seed} {crew.rank}").getrandbits(32) if crew.rank else args.seed  # no two play the same games
+    generator = torch.Generator(device).manual_seed(seed)
     rng = random.Random(args.seed)
     config, dtype = read_config(args.model, args.revision), DTYPES[args.dtype]
     lookers_on = [config] + ([read_config(args.reward)] if names_model(args.reward) else [])
@@ -493,7 +495,7 @@ def main(argv=None):
         print(f"{args.game} on {args.model}: {parameter_count(config):,} parameters, {args.dtype}")
     if crew.size == 1:
         check_memory(plan, device, args.dry_run)
-    model, tokenizer = load(args.model, device, dtype if crew.size == 1 else torch.float32, args.revision)
+    model, tokenizer = load(args.model, *((device, dtype) if crew.size == 1 else ("cpu", torch.float32)), args.revision)
     reference = copy.deepcopy(model).requires_grad_(False)  # the starting model: KL anchor, judge, and opponent at the end
     prompt = None if args.game == "grpo" else challenger_prompt(tokenizer, args.task, args.template)
     data = evaluate.read_data(args.data) if args.data else None
@@ -501,7 +503,7 @@ def main(argv=None):
     referee = load_referee(args.reward, device, data, dtype, args.reward_timeout)
     start = fingerprint(model, data)
     if crew.size > 1:
-        shard(model, dtype), shard(reference, dtype)
+        shard(model, device, dtype), shard(reference, device, dtype)
     if args.offload:
         for frozen in [reference] + ([referee.model] if names_model(args.reward) else []):
             offload(frozen)
@@ -568,7 +570,7 @@ def main(argv=None):
                 raise UserError(f"step {step}: {error}; the step was not taken, its games are in {folder / 'not-finite.json'}; try a smaller --lr in a new run") from None
 
             row = measure(queries, solver, challenger, reward, quality if judge else None, valid, losses, norm)
-            row |= {"malformed": judge.malformed} if hasattr(judge, "malformed") else {}  # share of verdicts without a score
+            row |= {"malformed": sum(crew.all(judge.malformed)) / crew.size} if hasattr(judge, "malformed") else {}  # share of verdicts without a score
             row = {"step": step} | row | {"seconds": time.perf_counter() - step_began}
             metrics_file.write(json.dumps(row) + "\n")
             if step % args.games_every == 0 or step == 1:
@@ -588,22 +590,22 @@ def main(argv=None):
             if stop:
                 break
     save(model, folder / "model")
-    rates, queries = {}, language.evaluation_set(args.eval_items)
-    with resident(model), resident(reference):
-        if done and args.reward == "exact" and not crew.rank:  # the scoreboard speaks of the embedded language
-            # Independent samples for the two: with one seed they would answer with the same luck.
-            rates = {name: evaluate.rate(m, tokenizer, queries, 2 * args.seed + i) for i, (name, m) in enumerate([("start", reference), ("now", model)])}
+    if done < args.steps:
+        print(f"stopped after step {done}; saved what there is: python selfplay.py --resume {folder} goes on")
+    print(f"\n{done - first + 1} steps in {(time.perf_counter() - began) / 60:.1f} minutes; the model is in {folder / 'model'}", flush=True)
+    if done and args.reward == "exact":  # the scoreboard speaks of the embedded language
+        with resident(model), resident(reference):
+            if not crew.rank:
+                queries = language.evaluation_set(args.eval_items)
+                # Independent samples for the two: with one seed they would answer with the same luck.
+                rates = {name: evaluate.rate(m, tokenizer, queries, 2 * args.seed + i) for i, (name, m) in enumerate([("start", reference), ("now", model)])}
+                report = evaluate.report(rates, queries)
+                (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+                print("\n" + evaluate.table(report["scores"]))
+                print(evaluate.win_line(report["win_rate"]["now"]))
     leave(crew)
     if crew.rank:
         return
-    if done < args.steps:
-        print(f"stopped after step {done}; saved what there is: python selfplay.py --resume {folder} goes on")
-    print(f"\n{done - first + 1} steps in {(time.perf_counter() - began) / 60:.1f} minutes; the model is in {folder / 'model'}")
-    if rates:
-        report = evaluate.report(rates, queries)
-        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-        print("\n" + evaluate.table(report["scores"]))
-        print(evaluate.win_line(report["win_rate"]["now"]))
     if evaluate.draw([folder], folder / "curves.png"):
         print(f"look at it: {folder / 'curves.png'}; every game: {folder / 'games.jsonl'}; as a page: python evaluate.py report {folder}")
     if done == args.steps:

@@ -34,7 +34,7 @@ queries, answers, challenger, solver = selfplay.play(model, tokenizer, prompt, N
 torch.manual_seed(0)
 reward = torch.rand(8, 4)
 if crew.size > 1:
-    llama.shard(model), llama.shard(reference)
+    llama.shard(model), llama.shard(reference)  # computing in float32, on the CPU
 optimizer = llama.optimizer_for(model, torch.optim.SGD, lr=0.1)
 mine = lambda player, n: Player(player.prompts if len(player.prompts) == 1 else crew.share(player.prompts),
                                 crew.share(player.completions) if len(player.prompts) > 1 else [crew.share(player.completions[0])], crew.share(player.finished))
@@ -107,6 +107,8 @@ def test_a_run_of_two_goes_on_alone_and_the_other_way_round(tmp_path):
         assert [row["step"] for row in rows] == list(range(1, done + 4))
         games = [json.loads(line) for line in (folder / "games.jsonl").read_text().splitlines()]
         assert all(len(line["games"]) == 4 for line in games) and len(games) == done + 3
+        texts = [[game["query"] for game in line["games"]] for line in games]
+        assert all(queries[:2] != queries[2:] for queries in texts)  # no two processes play the same games
         llama.load(folder / "model")
 
 
