@@ -19,13 +19,14 @@ import math
 import os
 import signal
 import sys
-import threading
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
-from model import DTYPES, UserError, check_device, generate, groups, is_hub_name, load, number, previous, read_state, run_command
+from model import (DTYPES, Crew, UserError, check_device, generate, groups, is_hub_name, load, load_state, number, previous, read_json, read_state,
+                   run_command, save_state)
 from rewards import ExactReward, PairJudge, judged, load_referee
 from tiny import language
 
@@ -83,13 +84,6 @@ def win_rate(ours, theirs):
     return [item.mean().item(), item.mean().item() - half, item.mean().item() + half]
 
 
-def report(rates, queries):
-    """{"scores": {name: summary}, "win_rate": {name: [share, low, high]}} from {name: rates}: wins against the first name."""
-    start, *others = rates
-    return {"scores": {name: summary(r, queries) for name, r in rates.items()},
-            "win_rate": {name: win_rate(rates[name]["sampled"], rates[start]["sampled"]) for name in others}}
-
-
 def short(rates):
     """A player's rates as half a sentence."""
     return f"{100 * rates['sampled'].mean():.1f} % at temperature 1, {100 * rates['greedy'].mean():.1f} % greedy"
@@ -111,6 +105,20 @@ def table(summaries):
 def win_line(win, against="the start"):
     """The win rate as one sentence."""
     return f"win rate against {against}, ties as half: {100 * win[0]:.1f} % [{100 * win[1]:.1f}, {100 * win[2]:.1f}]"
+
+
+def scoreboard(rates, queries, path):
+    """Print the table and the win rates of {name: rates}, all against the first, and write them to a JSON file.
+
+    There: {"scores": {name: summary}, "win_rate": {name: [share, low, high]}}.
+    """
+    start, *others = rates
+    scores = {name: summary(r, queries) for name, r in rates.items()}
+    wins = {name: win_rate(rates[name]["sampled"], rates[start]["sampled"]) for name in others}
+    path.write_text(json.dumps({"scores": scores, "win_rate": wins}, indent=2) + "\n")
+    print("\n" + table(scores))
+    for name, win in wins.items():
+        print((f"{name}: " if len(wins) > 1 else "") + win_line(win))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,39 +218,91 @@ def read_data(path):
 
 
 CHECKPOINT = "checkpoint.safetensors"  # in a run's folder, until the run is at its end
+MAY_CHANGE = ("torch", "reward_timeout", "save_every")  # settings that a resumed run may have others of
 
 
-def resumed(run, game, defaults):
-    """The settings of the run that --resume names (its folder, or a checkpoint in it), as argparse would give them.
+def resumed(parser, argv, games):
+    """The settings of the run that --resume names (its folder, or a checkpoint in it), as `parser` would give them.
 
-    game: whose command this is, by its names of games. defaults: a Namespace, for settings that the run's version did not know.
-    Raises UserError.
+    games: whose command this is, by its names of games. A setting that the run's version did not know has its default.
+    Exits with 2 if there are other flags; raises UserError for a run that cannot be resumed.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    run = parser.parse_args(argv).resume
+    if argv not in (["--resume", run], [f"--resume={run}"]):
+        parser.error("--resume goes on by the run's own settings: leave all other flags out")
     folder = Path(run).parent if Path(run).is_file() else Path(run)
     if not (folder / "settings.json").is_file():
         raise UserError(f"--resume {run}: no run's folder (it has no settings.json)")
-    settings = _settings(folder)
-    if settings.get("game") not in game:
+    settings = read_json(folder / "settings.json")
+    if settings.get("game") not in games:
         raise UserError(f"--resume {run}: this was a game of {settings.get('game')}: resume it with the other command")
     if not any((folder / name).is_file() for name in (CHECKPOINT, CHECKPOINT + ".previous")):
         raise UserError(f"--resume {run}: there is no checkpoint: it is at its end, or was stopped before its first one")
     settings.pop("torch", None)
-    return argparse.Namespace(**vars(defaults) | settings | {"resume": run})
+    return argparse.Namespace(**vars(parser.parse_args([])) | settings | {"resume": run})
 
 
-def _settings(folder):
-    return _json(folder / "settings.json")
+class Run:
+    """A run that is being played: its folder, what it has written so far, and the checkpoint that it goes on from.
+
+    folder: Path. facts: where it stands, as the last checkpoint says. tensors: that checkpoint's; None in a new run. metrics, games:
+    the two .jsonl files, open for writing. Of several processes the first alone writes; the others' files lead nowhere.
+    """
+
+    def __init__(self, folder, facts, tensors, save_every, crew):
+        self.folder, self.facts, self.tensors, self.save_every, self.crew, self.saved = folder, facts, tensors, save_every, crew, time.perf_counter()
+        self.metrics, self.games = (log(folder / f"{name}.jsonl", facts[name]) if not crew.rank else open(os.devnull, "w") for name in ("metrics", "games"))
+
+    def restore(self, model, optimizer, generator, rng):
+        """Put the checkpoint back into all four, and let go of it. Returns its tensors: a game may have kept others there."""
+        tensors, self.tensors = self.tensors, None
+        load_state(model, optimizer, generator, tensors, self.crew)
+        version, state, gauss = self.facts["rng"]
+        rng.setstate((version, tuple(state), gauss))
+        return tensors
+
+    def due(self, done):
+        """Is a checkpoint due after so many steps: one of --save-every, or ten minutes after the last? All processes say the same."""
+        return done % self.save_every == 0 or any(self.crew.all(time.perf_counter() - self.saved > 600))
+
+    def checkpoint(self, optimizer, generator, facts, **tensors):
+        """Write down where the run stands: the optimizer's weights and state, the generator's state, facts (JSON) and other tensors."""
+        self.facts |= facts | {"metrics": self.metrics.tell(), "games": self.games.tell()}
+        save_state(self.folder / CHECKPOINT, optimizer, generator, self.facts, self.crew, **tensors)
+        self.saved = time.perf_counter()
+
+    def end(self):
+        """The run is at its end: nothing is left to go on with."""
+        for path in (self.folder / CHECKPOINT, previous(self.folder / CHECKPOINT)):
+            path.unlink(missing_ok=True)
 
 
-def _json(path):
-    """A dict from a file of a run's. Raises UserError."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not readable ({type(error).__name__})") from None
+@contextmanager
+def open_run(args, start, crew=Crew(), **facts):
+    """The Run of these settings, locked against other processes inside the `with`: a new one, or the one that args.resume names.
 
-
-MAY_CHANGE = ("torch", "reward_timeout", "save_every")  # settings that a resumed run may have others of
+    start: fingerprint of what it begins with, model and data. facts: where a new run stands. Raises UserError.
+    """
+    with ExitStack() as files:
+        folder = tensors = None
+        if not crew.rank and hasattr(args, "resume"):
+            folder, held, facts, tensors = reopen(args.resume)
+            files.push(held)
+        elif not crew.rank:
+            folder = new_run(getattr(args, "run", None), args.game, vars(args))
+            files.push(lock(folder))
+            facts |= {"settings": vars(args), "start": start, "metrics": 0, "games": 0}
+        folder, facts = crew.all((folder, facts))[0]  # the first one's
+        if facts["start"] != start:
+            data = getattr(args, "data", None)
+            raise UserError(f"{args.model}{f' or {data}' if data else ''} is not what this run began with")
+        if hasattr(args, "resume") and crew.rank:
+            tensors = read_state(folder / CHECKPOINT)[1]
+        run = Run(folder, facts, tensors, args.save_every, crew)
+        files.push(run.metrics)
+        files.push(run.games)
+        yield run
 
 
 def reopen(run):
@@ -258,57 +318,11 @@ def reopen(run):
         path = previous(folder / CHECKPOINT)
     facts, tensors = read_state(path)
     fixed = lambda settings: {k: v for k, v in settings.items() if k not in MAY_CHANGE}
-    if fixed(facts.get("settings", {})) != fixed(_settings(folder)):
+    if fixed(facts.get("settings", {})) != fixed(read_json(folder / "settings.json")):
         raise UserError(f"{path}: of a run with other settings than {folder / 'settings.json'} says")
     if path.name != CHECKPOINT:
         path.replace(folder / CHECKPOINT)
     return folder, held, facts, tensors
-
-
-def lock(folder):
-    """Make this the only process on a run's folder, for as long as the returned file stays open. Raises UserError."""
-    import fcntl
-    file = open(folder / "settings.json")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{folder}: another process is playing this run") from None
-    return file
-
-
-def log(folder, name, size=0):
-    """A run's .jsonl file, open for appending: what is beyond `size` bytes, from after a checkpoint, is cut off first."""
-    path = folder / name
-    path.touch()
-    os.truncate(path, min(size, path.stat().st_size))
-    return open(path, "a", 1)
-
-
-def end(folder):
-    """A run is at its end: nothing is left to go on with."""
-    for path in (folder / CHECKPOINT, previous(folder / CHECKPOINT)):
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def stop_asked():
-    """A list that is no longer empty once Ctrl-C (or SIGTERM) asked to stop: then finish the step, save, and stop. A second Ctrl-C stops at once."""
-    asked = []
-
-    def ask(number, _):
-        if number == signal.SIGINT and number in asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        print("\nstopping after this step (Ctrl-C again: at once, the last checkpoint stays)", file=sys.stderr)
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may listen to signals
-        yield asked
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def new_run(name, game, settings):
@@ -331,7 +345,7 @@ def new_run(name, game, settings):
     for other in sorted(Path("runs").glob(f"{game}-*")):
         if (other / CHECKPOINT).is_file():
             try:
-                same = _settings(other) == settings | {"torch": torch.__version__}
+                same = read_json(other / "settings.json") == settings | {"torch": torch.__version__}
                 lock(other).close()
             except UserError:
                 continue  # not readable, or being played
@@ -339,6 +353,48 @@ def new_run(name, game, settings):
                 print(f"{other} was stopped with these very settings: --resume {other} would go on with it; this is a new run")
     (folder / "settings.json").write_text(json.dumps(settings | {"torch": torch.__version__}, indent=2) + "\n")
     return folder
+
+
+def lock(folder):
+    """Make this the only process on a run's folder, for as long as the returned file stays open. Raises UserError."""
+    import fcntl
+    file = open(folder / "settings.json")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{folder}: another process is playing this run") from None
+    return file
+
+
+def log(path, size):
+    """A run's .jsonl file, open for appending: what is beyond `size` bytes, from after a checkpoint, is cut off first."""
+    path.touch()
+    os.truncate(path, min(size, path.stat().st_size))
+    return open(path, "a", 1)
+
+
+@contextmanager
+def stop_asked():
+    """A list that is no longer empty once Ctrl-C (or SIGTERM) asked to stop: then finish the step, save, and stop. A second Ctrl-C stops at once."""
+    asked = []
+
+    def ask(number, _):
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping after this step (Ctrl-C again: at once, the last checkpoint stays)", file=sys.stderr)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show_run(folder):
+    """Draw a finished run's curves, and say where to look."""
+    if draw([folder], folder / "curves.png"):
+        print(f"look at it: {folder / 'curves.png'}; every game: {folder / 'games.jsonl'}; as a page: python evaluate.py report {folder}")
 
 
 def read_metrics(run):
@@ -369,6 +425,9 @@ PANELS = {  # of a run's picture: name in metrics.jsonl -> title
     "answer_tokens": "tokens an answer", "query_tokens": "tokens a query", "entropy_solver": "entropy of the Solver, nats a token",
     "entropy_challenger": "entropy of the Challenger", "similarity": "similarity of queries", "agreement": "judge prefers the right answer"}
 
+SHARES = ("valid", "spread", "distinct", "agreement")  # these are drawn from 0 to 1
+COLOURS = ("#3b82f6", "#f97316", "#22a06b", "#d946a0", "#8b6f47", "#7c6cf0")  # of the runs; readable on white and on black
+
 
 def smooth(curve, parts):
     """Each value's mean with those before it, over a `parts`-th of the curve."""
@@ -376,8 +435,26 @@ def smooth(curve, parts):
     return [sum(curve[max(0, j - window + 1):j + 1]) / min(window, j + 1) for j in range(len(curve))]
 
 
+def plot(axis, key, data):
+    """One figure of several runs on a matplotlib axis: its values pale, their mean over a twentieth of the run on top. data: {run: its read_metrics}."""
+    for colour, (name, d) in zip(itertools.cycle(COLOURS), data.items()):
+        if key in d:
+            axis.plot(*thin(d["step"], d[key]), color=colour, alpha=0.2, linewidth=0.7)
+            axis.plot(*thin(d["step"], smooth(d[key], 20)), color=colour, label=name)
+    axis.set_title(PANELS[key], fontsize=10)
+    axis.grid(alpha=0.25)
+    if key in SHARES:
+        axis.set_ylim(-0.03, 1.03)
+
+
+def thin(x, y, most=400):
+    """At most so many points of a curve, evenly taken."""
+    k = math.ceil(len(x) / most)
+    return x[::k], y[::k]
+
+
 def draw(runs, path):
-    """Draw the curves of one or several runs into one PNG, smoothed over a twentieth of the run; False if there are none.
+    """Draw the curves of one or several runs into one PNG; False if there are none.
 
     The last panel shows right answers at temperature 1 (greedy dotted), from the start to the end, by iterate.
     """
@@ -394,25 +471,17 @@ def draw(runs, path):
     columns = math.ceil(count / rows)
     figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.75 * rows), layout="constrained", squeeze=False)
     for axis, key in zip(axes.flat, panels):
-        for i, (name, d) in enumerate(data.items()):
-            if key not in d:
-                continue
-            axis.plot(d["step"], d[key], color=f"C{i}", alpha=0.18, linewidth=0.8)
-            axis.plot(d["step"], smooth(d[key], 20), color=f"C{i}", label=name)
-        axis.set_title(PANELS[key], fontsize=10)
+        plot(axis, key, data)
         axis.set_xlabel("step", fontsize=8)
-        if key in ("valid", "spread", "distinct", "agreement"):
-            axis.set_ylim(-0.03, 1.03)
-    for i, name in enumerate(data):
+    for colour, name in zip(itertools.cycle(COLOURS), data):
         if name in scores:
             axis, shares = axes.flat[len(panels)], [100 * torch.tensor(s["all"]["sampled"]) for s in scores[name].values()]
             points = torch.stack(shares).T.numpy()  # [share, low, high] of each iterate, the start first
-            axis.errorbar(range(len(shares)), points[0], [points[0] - points[1], points[2] - points[0]], color=f"C{i}", marker="o", capsize=3)
-            axis.plot([100 * s["all"]["greedy"][0] for s in scores[name].values()], color=f"C{i}", linestyle=":", marker=".")
+            axis.errorbar(range(len(shares)), points[0], [points[0] - points[1], points[2] - points[0]], color=colour, marker="o", capsize=3)
+            axis.plot([100 * s["all"]["greedy"][0] for s in scores[name].values()], color=colour, linestyle=":", marker=".")
             axis.set_title("right answers, % (greedy: dots)", fontsize=10)
+            axis.grid(alpha=0.25)
             axis.set_xticks(range(max(map(len, scores.values()))), max(scores.values(), key=len), fontsize=7, rotation=20)
-    for axis in axes.flat:
-        axis.grid(alpha=0.25)
     for axis in axes.flat[count:]:
         axis.axis("off")
     figure.legend(*_legend(axes), fontsize=8, loc="outside lower center", ncols=4)
@@ -453,7 +522,6 @@ def is_real(name):
 # A run as something to look at: `python evaluate.py report RUN...`
 
 INK = "#123456"  # stands in matplotlib's SVG for whatever colour the page's text has, light or dark
-COLOURS = ("#3b82f6", "#f97316", "#22a06b", "#d946a0", "#8b6f47", "#7c6cf0")  # of the runs; readable on white and on black
 GAMES_SIZE = 8_000_000  # characters of games in a report; with more, only every k-th step's stand in it
 
 PAGE = """<!doctype html>
@@ -516,12 +584,7 @@ def panel(key, data):
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": key, "font.family": "sans-serif", "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
                          "xtick.color": INK, "ytick.color": INK, "font.size": 9}):
         figure, axis = plt.subplots(figsize=(3.4, 2.3), layout="constrained")
-        for colour, d in zip(itertools.cycle(COLOURS), data.values()):
-            if key in d:
-                axis.plot(*thin(d["step"], d[key]), color=colour, alpha=0.2, linewidth=0.7)
-                axis.plot(*thin(d["step"], smooth(d[key], 20)), color=colour)
-        axis.set_title(PANELS[key], fontsize=10)
-        axis.grid(alpha=0.25)
+        plot(axis, key, data)
         axis.spines[["top", "right"]].set_visible(False)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -530,23 +593,17 @@ def panel(key, data):
     return svg[svg.index("<svg"):].replace(INK, "currentColor")
 
 
-def thin(x, y, most=400):
-    """At most so many points of a curve, evenly taken."""
-    k = math.ceil(len(x) / most)
-    return x[::k], y[::k]
-
-
 def read_games(run):
     """(the games of a run: a list of a line's dicts, of every k-th line; k), at most 64 of a line, small enough for a page. Raises UserError."""
     path, lines, size = Path(run) / "games.jsonl", [], 0
     if not path.is_file():
         return [], 1
-    with open(path) as file:
+    with open(path, errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.endswith("\n"):  # else it was cut off
                 try:
                     row = json.loads(line)
-                    lines.append({"step": row["step"], "games": row["games"][:64]})
+                    lines.append({"step": row["step"], "games": [dict(game) for game in row["games"][:64]]})
                 except (ValueError, KeyError, TypeError, RecursionError):
                     raise UserError(f"{path}: line {number} is not a step's games") from None
                 size += len(line) * len(lines[-1]["games"]) // max(1, len(row["games"]))
@@ -554,13 +611,13 @@ def read_games(run):
     return lines[::k], k
 
 
-def write_report(runs, path, asked=12):
+def write_page(runs, path, asked=12):
     """One HTML file about one or several runs: scores, curves, games, the same instructions answered by every checkpoint, settings.
 
     runs: run folders. asked: how many instructions (0: none, then no model is loaded). Needs nothing but the file itself to be looked at.
     """
     text = lambda value: html.escape(str(value))
-    settings = {run: _settings(Path(run)) for run in runs}
+    settings = {run: read_json(Path(run) / "settings.json") for run in runs}
     data = {run: read_metrics(run) for run in runs}
     dot = {run: f'<span class="line"><dot style="background:{colour}"></dot> {text(Path(run).name)}</span>' for run, colour in zip(runs, itertools.cycle(COLOURS))}
     row = lambda cells, tag="td": "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
@@ -568,7 +625,7 @@ def write_report(runs, path, asked=12):
     body = ["<p>" + " &nbsp; ".join(f"{dot[run]}: {text(s.get('game', ''))} on {text(Path(s['model']).name)}, seed {text(s.get('seed'))}, {len(data[run].get('step', []))} steps" for run, s in settings.items()) + "</p>"]
     said = {run: (Path(run) / "warnings.txt").read_text().splitlines() for run in runs if (Path(run) / "warnings.txt").is_file()}
     body.append("<h2>What the runs said</h2>" + "".join(f"<p>{dot[run]}: {text(line)}</p>" for run, lines in said.items() for line in lines) if said else "<p>No run gave a warning.</p>")
-    scores = {run: _json(file).get("scores", {}) for run in runs if (file := Path(run) / "evaluation.json").is_file()}
+    scores = {run: read_json(file).get("scores", {}) for run in runs if (file := Path(run) / "evaluation.json").is_file()}
     if any(scores.values()):
         share = lambda v: '<span class="line">{:.1f} <span class="quiet">[{:.1f}, {:.1f}]</span></span>'.format(*(100 * x for x in v))
         lines = [row(["run", "", "kind", "n", "temperature 1, %", "greedy, %", "pass@8, %"], "th")]
@@ -621,9 +678,9 @@ def asked_alike(runs, settings, games, asked, dot, row, rows):
     return f"<h2>The same instructions, answered by every checkpoint</h2>{rows(lines)}"
 
 
-def report_command(argv):
+def report(argv):
     """`python evaluate.py report RUN...`: one HTML file that shows runs, for a browser, with nothing else needed."""
-    parser = argparse.ArgumentParser(prog="evaluate.py report", description=report_command.__doc__.split(": ")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="evaluate.py report", description=report.__doc__.split(": ")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", nargs="+", metavar="RUN", help="run folders; several are laid over each other")
     parser.add_argument("--out", default=argparse.SUPPRESS, metavar="HTML", help="where to write; default: report.html in a single run's folder, or here for several runs")
     parser.add_argument("--ask", type=number(int, zero=True), default=12, metavar="N", help="instructions that every checkpoint answers anew; 0 loads no model")
@@ -634,7 +691,7 @@ def report_command(argv):
     path = Path(getattr(args, "out", Path(args.run[0]) / "report.html" if len(args.run) == 1 else "report.html"))
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise UserError(f"--out {path}: expected a file's path in a folder that exists")
-    write_report(args.run, path, args.ask)
+    write_page(args.run, path, args.ask)
     print(f"open it in a browser: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
@@ -952,7 +1009,7 @@ def main(argv=None):
     if argv[:1] == ["reproduce"]:
         return reproduce(argv[1:])
     if argv[:1] == ["report"]:
-        return report_command(argv[1:])
+        return report(argv[1:])
     parser = argparse.ArgumentParser(description="How often is a model right, and how often does it beat another? `evaluate.py report` and `evaluate.py reproduce` are commands of their own.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("model", nargs="+", metavar="MODEL", help="folder in Hugging Face layout, hub name, or run folder")

@@ -121,7 +121,7 @@ def check_device(name):
         torch.empty(0, device=name)
         torch.Generator(name)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name}: no such device here ({_line(error)})") from None
+        raise UserError(f"--device {name}: no such device here ({one_line(error)})") from None
     return name
 
 
@@ -529,180 +529,6 @@ def logprobs(model, packed, temperature=1.0, chunk=1024):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Learning
-
-def optimizer_for(model, kind, **settings):
-    """An optimizer (kind: a class of torch.optim) of float32 weights, for a model of any dtype.
-
-    A model in bfloat16 computes in bfloat16 and learns in float32: every weight has a float32 master, in which the gradients
-    of all micro-batches are summed, and each step copies the masters back. Without them, a small step would be rounded away.
-    """
-    weights = list(model.parameters())
-    if model.embed.weight.dtype == torch.float32:
-        return kind(weights, **settings)
-    masters = [w.detach().float().requires_grad_() for w in weights]
-
-    def gather(master):
-        def hook(weight):
-            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-            weight.grad = None
-        return hook
-    for handle in model.gathering:  # of an earlier optimizer
-        handle.remove()
-    model.gathering = [weight.register_post_accumulate_grad_hook(gather(master)) for weight, master in zip(weights, masters)]
-    optimizer = kind(masters, **settings)
-    optimizer.register_step_post_hook(lambda *_: torch._foreach_copy_([w.data for w in weights], masters))
-    return optimizer
-
-
-def weights_of(optimizer):
-    return [w for group in optimizer.param_groups for w in group["params"]]
-
-
-def clip(optimizer, largest):
-    """Scale the gradients of an optimizer's weights down to a norm of `largest`; returns their norm before.
-
-    Raises FloatingPointError where that is not finite: the step must not be taken then.
-    """
-    norm = _whole(torch.nn.utils.clip_grad_norm_(weights_of(optimizer), largest)).item()
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}")
-    return norm
-
-
-def set_rate(optimizer, lr):
-    """Learning rate of the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def save_state(path, optimizer, generator, facts, crew=None, **tensors):
-    """Write a checkpoint, one safetensors file: weights, optimizer, the generators' states, `facts` (JSON) and other tensors.
-
-    All processes of a crew (default: one alone) call this, and the first writes.
-
-    Written beside its place and renamed; the one that was there becomes <name>.previous. A kill at any moment leaves a whole one.
-    Raises UserError where it cannot be written; what was there before stays.
-    """
-    path, crew = Path(path), crew or Crew()
-    tensors = tensors | {"generator": torch.stack(crew.all(generator.get_state()))} | {f"weight.{i}": w for i, w in enumerate(weights_of(optimizer))}
-    tensors |= {f"optimizer.{i}.{name}": value for i, own in optimizer.state_dict()["state"].items() for name, value in own.items()}
-    tensors = _gathered(tensors, crew.rank)
-    if crew.rank:
-        return
-    new = path.with_name(path.name + ".new")
-    try:
-        facts = json.dumps(facts)
-        save_file(tensors, new, metadata={"facts": facts, "checksum": str(_checksum(tensors, facts))})
-        if path.exists():
-            path.replace(previous(path))
-        new.replace(path)
-    except (OSError, SafetensorError) as error:
-        new.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({_line(error)}); what was saved before is whole") from None
-
-
-def previous(path):
-    """Where the checkpoint before the one at `path` is."""
-    return path.with_name(path.name + ".previous")
-
-
-def read_state(path):
-    """(facts, tensors) of a checkpoint. Raises UserError for one that is missing, cut short or damaged, and offers the one before."""
-    path = Path(path)
-    other = previous(path) if previous(path).is_file() else None
-    offer = f"; the one before it is here: --resume {other}" if other else ""
-    if not path.is_file():
-        raise UserError(f"{path}: no checkpoint{offer}")
-    try:
-        with safe_open(path, "pt") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-        facts, whole = json.loads(metadata["facts"]), metadata["checksum"] == str(_checksum(tensors, metadata["facts"]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cut short or no checkpoint ({_line(error)}){offer}") from None
-    if not whole:
-        raise UserError(f"{path}: damaged, its checksum is another{offer}")
-    return facts, tensors
-
-
-def load_state(model, optimizer, generator, tensors, crew=None):
-    """Put a checkpoint's tensors back: weights, optimizer, generator. The model's weights follow from the optimizer's.
-
-    With another number of processes than it was saved by, each draws on from a new state of its own.
-    """
-    crew = crew or Crew()
-    weights = weights_of(optimizer)
-    if [list(w.shape) for w in weights] != [list(tensors[f"weight.{i}"].shape) for i in range(len(weights)) if f"weight.{i}" in tensors]:
-        raise UserError("the checkpoint is of another model")
-    with torch.no_grad():
-        for i, w in enumerate(weights):
-            w.copy_(_as(tensors[f"weight.{i}"], w))
-        for own, w in zip(model.parameters(), weights):
-            if own is not w:  # bfloat16: the optimizer's are the float32 masters
-                own.copy_(w)
-    state = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = _as(value, weights[int(i)]) if value.shape == weights[int(i)].shape else value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    states = tensors["generator"]  # [processes, bytes]
-    if len(states) == crew.size:
-        generator.set_state(states[crew.rank])
-    else:
-        generator.manual_seed(zlib.crc32(states.numpy().tobytes()) ^ crew.rank)
-
-
-def _checksum(tensors, text=""):
-    """CRC-32 of a text, and of tensors' names and bytes."""
-    check = zlib.crc32(text.encode())
-    for name in sorted(tensors):
-        check = zlib.crc32(name.encode(), check)
-        check = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), check)
-    return check
-
-
-def fingerprint(model, data=None):
-    """A number that changes when a model's weights do, or the data: CRC-32 of the beginning of each weight, in any dtype, and of all data."""
-    return _checksum({name: p.detach().flatten()[:256].cpu().bfloat16() for name, p in model.named_parameters()}, repr(data))
-
-
-def offload(model):
-    """Move a frozen model's weights to CPU memory, page-locked where a GPU will want them back; `resident` brings them. Returns it."""
-    for p in model.parameters():
-        p.data = p.data.cpu().pin_memory() if p.data.is_cuda else p.data.cpu()
-    return model
-
-
-@contextmanager
-def resident(model):
-    """The model with all its weights on its device, that of its rotary tables, for the length of a `with`.
-
-    Nothing happens to a model that is there already. An offloaded one is copied, and the copy dropped: it is frozen, so its
-    weights in CPU memory are still the truth. One that is shared out among processes is gathered once, by all of them together.
-    """
-    if hasattr(model, "unshard"):
-        parts = [*model.blocks, model]
-        for part in parts:
-            part.set_reshard_after_forward(False, recurse=False)
-            part.unshard()
-        try:
-            yield model
-        finally:
-            for part in parts:
-                part.reshard()
-                part.set_reshard_after_forward(part is not model, recurse=False)
-        return
-    home = [p.data for p in model.parameters()]
-    for p in model.parameters():
-        p.data = p.data.to(model.cos.device, non_blocking=True)
-    try:
-        yield model
-    finally:
-        for p, data in zip(model.parameters(), home):
-            p.data = data
-
-
 # Several processes, `torchrun --nproc-per-node 8 selfplay.py ..`: each plays its share of a step's games, and holds its share of the
 # weights and of the optimizer (FSDP2). They are gathered once for sampling; in training, layer by layer.
 
@@ -777,6 +603,181 @@ def _as(tensor, like):
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+def optimizer_for(model, kind, **settings):
+    """An optimizer (kind: a class of torch.optim) of float32 weights, for a model of any dtype.
+
+    A model in bfloat16 computes in bfloat16 and learns in float32: every weight has a float32 master, in which the gradients
+    of all micro-batches are summed, and each step copies the masters back. Without them, a small step would be rounded away.
+    """
+    weights = list(model.parameters())
+    if model.embed.weight.dtype == torch.float32:
+        return kind(weights, **settings)
+    masters = [w.detach().float().requires_grad_() for w in weights]
+
+    def gather(master):
+        def hook(weight):
+            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+            weight.grad = None
+        return hook
+    for handle in model.gathering:  # of an earlier optimizer
+        handle.remove()
+    model.gathering = [weight.register_post_accumulate_grad_hook(gather(master)) for weight, master in zip(weights, masters)]
+    optimizer = kind(masters, **settings)
+    optimizer.register_step_post_hook(lambda *_: torch._foreach_copy_([w.data for w in weights], masters))
+    return optimizer
+
+
+def weights_of(optimizer):
+    """The float32 weights that an optimizer moves, in the model's order: its own, or for a bfloat16 model their masters."""
+    return [w for group in optimizer.param_groups for w in group["params"]]
+
+
+def clip(optimizer, largest):
+    """Scale the gradients of an optimizer's weights down to a norm of `largest`; returns their norm before.
+
+    Raises FloatingPointError where that is not finite: the step must not be taken then.
+    """
+    norm = _whole(torch.nn.utils.clip_grad_norm_(weights_of(optimizer), largest)).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    return norm
+
+
+def set_rate(optimizer, lr):
+    """Learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def save_state(path, optimizer, generator, facts, crew=Crew(), **tensors):
+    """Write a checkpoint, one safetensors file: weights, optimizer, the generators' states, `facts` (JSON) and other tensors.
+
+    All processes of a crew (default: one alone) call this, and the first writes.
+
+    Written beside its place and renamed; the one that was there becomes <name>.previous. A kill at any moment leaves a whole one.
+    Raises UserError where it cannot be written; what was there before stays.
+    """
+    path = Path(path)
+    tensors = tensors | {"generator": torch.stack(crew.all(generator.get_state()))} | {f"weight.{i}": w for i, w in enumerate(weights_of(optimizer))}
+    tensors |= {f"optimizer.{i}.{name}": value for i, own in optimizer.state_dict()["state"].items() for name, value in own.items()}
+    tensors = _gathered(tensors, crew.rank)
+    if crew.rank:
+        return
+    new = path.with_name(path.name + ".new")
+    try:
+        facts = json.dumps(facts)
+        save_file(tensors, new, metadata={"facts": facts, "checksum": str(_checksum(tensors, facts))})
+        if path.exists():
+            path.replace(previous(path))
+        new.replace(path)
+    except (OSError, SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({one_line(error)}); what was saved before is whole") from None
+
+
+def previous(path):
+    """Where the checkpoint before the one at `path` is."""
+    return path.with_name(path.name + ".previous")
+
+
+def read_state(path):
+    """(facts, tensors) of a checkpoint. Raises UserError for one that is missing, cut short or damaged, and offers the one before."""
+    path = Path(path)
+    other = previous(path) if previous(path).is_file() else None
+    offer = f"; the one before it is here: --resume {other}" if other else ""
+    if not path.is_file():
+        raise UserError(f"{path}: no checkpoint{offer}")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        facts, whole = json.loads(metadata["facts"]), metadata["checksum"] == str(_checksum(tensors, metadata["facts"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cut short or no checkpoint ({one_line(error)}){offer}") from None
+    if not whole:
+        raise UserError(f"{path}: damaged, its checksum is another{offer}")
+    return facts, tensors
+
+
+def load_state(model, optimizer, generator, tensors, crew=Crew()):
+    """Put a checkpoint's tensors back: weights, optimizer, generator. The model's weights follow from the optimizer's.
+
+    With another number of processes than it was saved by, each draws on from a new state of its own.
+    """
+    weights = weights_of(optimizer)
+    if [list(w.shape) for w in weights] != [list(tensors[f"weight.{i}"].shape) for i in range(len(weights)) if f"weight.{i}" in tensors]:
+        raise UserError("the checkpoint is of another model")
+    with torch.no_grad():
+        for i, w in enumerate(weights):
+            w.copy_(_as(tensors[f"weight.{i}"], w))
+        for own, w in zip(model.parameters(), weights):
+            if own is not w:  # bfloat16: the optimizer's are the float32 masters
+                own.copy_(w)
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = _as(value, weights[int(i)]) if value.shape == weights[int(i)].shape else value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    states = tensors["generator"]  # [processes, bytes]
+    if len(states) == crew.size:
+        generator.set_state(states[crew.rank])
+    else:
+        generator.manual_seed(zlib.crc32(states.numpy().tobytes()) ^ crew.rank)
+
+
+def _checksum(tensors, text=""):
+    """CRC-32 of a text, and of tensors' names and bytes."""
+    check = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        check = zlib.crc32(name.encode(), check)
+        check = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), check)
+    return check
+
+
+def fingerprint(model, data=None):
+    """A number that changes when a model's weights do, or the data: CRC-32 of the beginning of each weight, in any dtype, and of all data."""
+    return _checksum({name: p.detach().flatten()[:256].cpu().bfloat16() for name, p in model.named_parameters()}, repr(data))
+
+
+def offload(model):
+    """Move a frozen model's weights to CPU memory, page-locked where a GPU will want them back; `resident` brings them. Returns it."""
+    for p in model.parameters():
+        p.data = p.data.cpu().pin_memory() if p.data.is_cuda else p.data.cpu()
+    return model
+
+
+@contextmanager
+def resident(model):
+    """The model with all its weights on its device, that of its rotary tables, for the length of a `with`.
+
+    Nothing happens to a model that is there already. An offloaded one is copied, and the copy dropped: it is frozen, so its
+    weights in CPU memory are still the truth. One that is shared out among processes is gathered once, by all of them together.
+    """
+    if hasattr(model, "unshard"):
+        parts = [*model.blocks, model]
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        try:
+            yield model
+        finally:
+            for part in parts:
+                part.reshard()
+                part.set_reshard_after_forward(part is not model, recurse=False)
+        return
+    home = [p.data for p in model.parameters()]
+    for p in model.parameters():
+        p.data = p.data.to(model.cos.device, non_blocking=True)
+    try:
+        yield model
+    finally:
+        for p, data in zip(model.parameters(), home):
+            p.data = data
+
+
 def parameter_count(config):
     """How many weights a model of this Config has."""
     with torch.device("meta"):
@@ -841,14 +842,14 @@ class Tokenizer:
     MARK = "\ue000"  # a private character that breaks up text which would spell a special token
 
     def __init__(self, folder):
-        folder, settings = Path(folder), _read_json(Path(folder) / "tokenizer_config.json")
+        folder, settings = Path(folder), read_json(Path(folder) / "tokenizer_config.json")
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{folder}: tokenizer.json is missing")
         try:
             self.text = TextTokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises nothing more specific
-            raise UserError(f"{path}: not a tokenizer ({_line(error)})") from None
+            raise UserError(f"{path}: not a tokenizer ({one_line(error)})") from None
         self.text.no_truncation(), self.text.no_padding()  # a trainer's habits, saved with the file
         self.special = {t.content: i for i, t in self.text.get_added_tokens_decoder().items() if t.special}
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")") if self.special else None
@@ -868,7 +869,7 @@ class Tokenizer:
         try:
             self.template = environment.from_string(template)
         except (TemplateError, ValueError, RecursionError, MemoryError, OverflowError, TypeError) as error:
-            raise UserError(f"{folder}: the chat template does not compile ({_line(error)})") from None
+            raise UserError(f"{folder}: the chat template does not compile ({one_line(error)})") from None
 
     def encode(self, text):
         """Ids of plain text: nothing in it becomes a special token, nothing is put before or after it."""
@@ -907,7 +908,7 @@ class Tokenizer:
         except UserError:
             raise
         except Exception as error:  # whatever somebody's template may raise
-            raise UserError(f"the chat template failed: {_line(error)}") from None
+            raise UserError(f"the chat template failed: {one_line(error)}") from None
         return "".join(pieces)
 
     def end_of_turn(self, end_ids):
@@ -928,7 +929,7 @@ def _raise_template_error(message):
     raise TemplateError(message)
 
 
-def _line(error):
+def one_line(error):
     """An error's message on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -937,7 +938,8 @@ MAX_FILE = 2**28  # bytes of a JSON file, characters of a rendered conversation:
 TEMPLATE_SECONDS = 10  # for one conversation
 
 
-def _read_json(path):
+def read_json(path):
+    """The dict in a JSON file. Raises UserError for one that is missing, absurdly large, or no JSON object."""
     try:
         if path.stat().st_size > MAX_FILE:
             raise ValueError("the file is absurdly large")
@@ -948,7 +950,7 @@ def _read_json(path):
     except FileNotFoundError:
         raise UserError(f"{path.parent}: {path.name} is missing") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({_line(error)})") from None
+        raise UserError(f"{path}: not readable as JSON ({one_line(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -984,19 +986,19 @@ def _read_weights(folder):
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if not (folder / shards[0]).is_file() and index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise UserError(f"{index}: no weight_map from tensors to files")
         shards = sorted(set(weight_map.values()))
     tensors = {}
     for shard in shards:
         if Path(shard).name != shard or not os.path.isfile(folder / shard):  # of any text at all; Path.is_file may raise
-            raise UserError(f"{folder}: {_line(shard)} is missing")
+            raise UserError(f"{folder}: {one_line(shard)} is missing")
         try:
             with safe_open(folder / shard, "pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise UserError(f"{folder / shard}: cut short or not safetensors ({_line(error)})") from None
+            raise UserError(f"{folder / shard}: cut short or not safetensors ({one_line(error)})") from None
     return tensors
 
 
@@ -1012,7 +1014,7 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
     Raises UserError, one line, for whatever is missing, unsupported or does not fit.
     """
     folder = _find(name, revision)
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     config = Config.from_json(raw)
     tensors = _read_weights(folder)
     with torch.device("meta"):
@@ -1034,7 +1036,7 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
     model.cos, model.sin = rope_table(config)
     model = model.to(device)
     tokenizer = Tokenizer(folder)
-    settings = _read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    settings = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     ends = settings.get("eos_token_id", raw.get("eos_token_id"))
     ends = [tokenizer.special.get(tokenizer.names["eos_token"])] if ends is None else ends
     ends = ends if isinstance(ends, list) else [ends]
@@ -1051,7 +1053,7 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
 
 def read_config(name, revision=None):
     """The Config of a model's folder or hub name, without its weights. Raises UserError."""
-    return Config.from_json(_read_json(_find(name, revision, ["config.json"]) / "config.json"))
+    return Config.from_json(read_json(_find(name, revision, ["config.json"]) / "config.json"))
 
 
 def _find(name, revision, files=("*.json", "*.jinja", "*.safetensors")):
@@ -1068,7 +1070,7 @@ def _fetch(name, revision, files):
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["consolidated*"]))
     except errors.HFValidationError as error:
-        raise UserError(f"{name}: not a name that the hub allows ({_line(error)})") from None
+        raise UserError(f"{name}: not a name that the hub allows ({one_line(error)})") from None
     except errors.GatedRepoError:
         raise UserError(f"{name}: its authors ask you to accept their terms first: do so on its page of the hub, then `hf auth login`") from None
     except errors.RevisionNotFoundError:
@@ -1076,7 +1078,7 @@ def _fetch(name, revision, files):
     except errors.RepositoryNotFoundError:
         raise UserError(f"{name}: no such folder here, and no such model on the hub (or it is private: `hf auth login`)") from None
     except (errors.HTTPError, OSError) as error:  # no network, a broken download: the hub library's own http library says HTTPError
-        raise UserError(f"{name}: no such folder here, and the hub cannot be reached ({_line(error)}); "
+        raise UserError(f"{name}: no such folder here, and the hub cannot be reached ({one_line(error)}); "
                         "offline, name a local folder instead") from None
 
 
@@ -1093,7 +1095,7 @@ def save(model, folder):
     try:
         _save(model, weights, Path(folder))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be written ({_line(error)})") from None
+        raise UserError(f"{folder} cannot be written ({one_line(error)})") from None
 
 
 def _save(model, weights, folder):

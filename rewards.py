@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, UserError, generate, is_hub_name, load, pack, resident, states, time_limit
+from model import KVCache, UserError, generate, is_hub_name, load, one_line, pack, resident, states, time_limit
 from tiny import language
 
 
@@ -252,8 +252,7 @@ def names_model(spec):
 def _where(error):
     """What went wrong in a user's code, on one line: the error, and the last line of theirs that led to it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    return f"{type(error).__name__}: {one_line(error)} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
 def guarded(function, seconds):

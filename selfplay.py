@@ -29,14 +29,14 @@ import random
 import sys
 import time
 from collections import Counter
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import evaluate
-from model import (DTYPES, Crew, UserError, check_memory, clip, fingerprint, generate, groups, join, leave, load, load_state, logprobs, memory_plan,
-                   number, offload, optimizer_for, pack, parameter_count, read_config, read_state, resident, run_command, save, save_state, set_rate, shard)
+from model import (DTYPES, Crew, Llama, Tokenizer, UserError, check_memory, clip, fingerprint, generate, groups, join, leave, load, logprobs, memory_plan,
+                   number, offload, optimizer_for, pack, parameter_count, read_config, resident, run_command, save, set_rate, shard)
 from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model
 from tiny import language
 
@@ -73,6 +73,22 @@ KL = {
 # so many steps; the rest is ours.
 REAL = {"queries": 8, "answers": 8, "lr": 3e-6, "kl": 0.05, "kl_challenger": 0.05, "steps": 1500, "alpha_ch": 0.1, "aggregate": "token",
         "query_tokens": 256, "answer_tokens": 256, "micro_batch": 4096}
+
+
+class Game(NamedTuple):
+    """What a run is played with: `set_up` makes it from the settings."""
+    model: Llama  # both players
+    reference: Llama  # the starting model, frozen: KL anchor, judge, and opponent at the end
+    tokenizer: Tokenizer
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # all sampling
+    rng: random.Random  # which instructions of the data
+    prompt: list  # the Challenger's, ids; None in GRPO
+    draw: Callable  # () -> a conversation from the data, in GRPO
+    referee: Callable  # (queries, answers) -> R
+    judge: Callable  # (queries, answers) -> R_Q, or None
+    start: int  # fingerprint of the starting model and the data
+    crew: Crew  # the processes that play together
 
 
 class Player(NamedTuple):
@@ -327,22 +343,23 @@ def token_logprobs(model, player, args):
     return out
 
 
-def explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge, args, generator):
+def explain(game, args):
     """--explain: one step as a lesson, number by number, each with the function that computed it. The numbers are the step's own.
 
     A few steps are played before it, unseen: at the very start policy and reference are the same, and every KL is 0.
     """
+    model, reference, tokenizer, optimizer = game[:4]
     set_rate(optimizer, args.lr)  # no rising: a step should show
     for lesson in [False] * 5 + [True]:
-        queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
-        reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args)
+        queries, answers, challenger, solver = play(model, tokenizer, game.prompt, game.draw, args, game.generator)
+        reward, quality, a_sol, a_ch = score(queries, answers, game.referee, game.judge, args)
         players = sides(solver, challenger, a_sol, a_ch, args)
         if not lesson:
             update(model, reference, optimizer, players, args)
     print("(after five steps, unseen: else policy and reference would be the same, and every KL 0)\n")
     print("PLAY: one model, two players, told apart by the prompt alone                        selfplay.play")
     if challenger:
-        print(f"  the Challenger is asked: {tokenizer.decode(prompt)[:70]!r}\n  the Solver is asked each query as a plain user turn")
+        print(f"  the Challenger is asked: {tokenizer.decode(game.prompt)[:70]!r}\n  the Solver is asked each query as a plain user turn")
     before, lessons = {}, {}
     for name, (player, alpha, beta) in players.items():
         lp, ref = token_logprobs(model, player, args), token_logprobs(reference, player, args)
@@ -447,9 +464,7 @@ def parse_args(argv=None):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
     if hasattr(args, "resume"):
-        if len(sys.argv[1:] if argv is None else argv) > 1 + ("=" not in (argv or sys.argv[1:])[0]):
-            parser.error("--resume goes on by the run's own settings: leave all other flags out")
-        return evaluate.resumed(args.resume, ("lsp", "lsp-zero", "grpo"), parser.parse_args([]))
+        return evaluate.resumed(parser, argv, ("lsp", "lsp-zero", "grpo"))
     real = evaluate.is_real(args.model)
     if real:
         parser.set_defaults(**REAL | ({"lr": 1e-6} if args.game == "grpo" else {}))
@@ -477,6 +492,111 @@ def parse_args(argv=None):
     return args
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+def plan(args):
+    """The memory_plan of these settings, before any weights are loaded."""
+    config = read_config(args.model, args.revision)
+    frozen = [config] + ([read_config(args.reward)] if names_model(args.reward) else [])
+    return memory_plan(config, DTYPES[args.dtype], 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch,
+                       args.recompute, frozen=frozen, offloaded=args.offload)
+
+
+def set_up(args, device, crew=Crew()):
+    """The Game of these settings: models loaded, referee and judge at hand, nothing played yet. Raises UserError."""
+    dtype = DTYPES[args.dtype]
+    if crew.size == 1:
+        check_memory(plan(args), device, args.dry_run)
+    model, tokenizer = load(args.model, *((device, dtype) if crew.size == 1 else ("cpu", torch.float32)), args.revision)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    data = evaluate.read_data(args.data) if args.data else None
+    referee = load_referee(args.reward, device, data, dtype, args.reward_timeout)
+    start = fingerprint(model, data)
+    if crew.size > 1:
+        shard(model, device, dtype)
+        shard(reference, device, dtype)
+    if args.offload:
+        for one in [reference] + ([referee.model] if names_model(args.reward) else []):
+            offload(one)
+    judge = None
+    if args.game == "lsp" and args.quality > 0:
+        judge = (QualityReward if args.judge == "expected" else WrittenQuality)(reference, tokenizer)
+    model.recompute = args.recompute
+    seed = random.Random(f"{args.seed} {crew.rank}").getrandbits(32) if crew.rank else args.seed  # no two play the same games
+    rng = random.Random(args.seed)
+    return Game(model, reference, tokenizer, optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0, fused=True),
+                torch.Generator(device).manual_seed(seed), rng,
+                None if args.game == "grpo" else challenger_prompt(tokenizer, args.task, args.template),
+                (lambda: rng.choice(data)[0]) if data else lambda: [{"role": "user", "content": language.draw(rng)}],
+                referee, judge, start, crew)
+
+
+def dry_run(game, args):
+    """--dry-run: how long a step takes (set_up has shown the memory). Nothing is saved."""
+    for name in ("first", "second"):
+        began = time.perf_counter()
+        queries, answers, challenger, solver = play(game.model, game.tokenizer, game.prompt, game.draw, args, game.generator)
+        _, _, a_sol, a_ch = score(queries, answers, game.referee, game.judge, args)
+        update(game.model, game.reference, game.optimizer, sides(solver, challenger, a_sol, a_ch, args), args)
+        print(f"{name} step: {time.perf_counter() - began:.2f} seconds")
+    print(f"{args.steps} steps like the second: {args.steps * (time.perf_counter() - began) / 60:.1f} minutes; nothing was saved")
+
+
+def train(game, run, args):
+    """Play, score, update, step by step, from where the run stands, and keep the record. Returns the number of the last step made."""
+    model, crew, done, recent, said = game.model, game.crew, run.facts["step"], run.facts["recent"], run.facts["said"]
+    with evaluate.stop_asked() as asked, tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, unit="step", disable=True if crew.rank else None, dynamic_ncols=True) as bar:
+        for step in bar:
+            began = time.perf_counter()
+            set_rate(game.optimizer, args.lr * min(step / 20, 1 - (step - 1) / args.steps))
+            queries, answers, challenger, solver = play(model, game.tokenizer, game.prompt, game.draw, args, game.generator, crew)
+            reward, quality, a_sol, a_ch = score(queries, answers, game.referee, game.judge, args, crew)
+            players = sides(solver, challenger, a_sol, a_ch, args)
+            # From here on, for the record, what all processes played.
+            queries, answers, challenger, solver, reward, quality, a_sol, a_ch = map(together, zip(*crew.all((queries, answers, challenger, solver, reward, quality, a_sol, a_ch))))
+            valid = game.referee.valid(queries) if hasattr(game.referee, "valid") else None
+            games = json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n"
+            try:
+                losses, norm = update(model, game.reference, game.optimizer, players, args, crew)
+            except FloatingPointError as error:
+                if not crew.rank:
+                    (run.folder / "not-finite.json").write_text(games)
+                raise UserError(f"step {step}: {error}; the step was not taken, its games are in {run.folder / 'not-finite.json'}; try a smaller --lr in a new run") from None
+
+            row = {"step": step} | measure(queries, solver, challenger, reward, quality if game.judge else None, valid, losses, norm)
+            if hasattr(game.judge, "malformed"):
+                row["malformed"] = sum(crew.all(game.judge.malformed)) / crew.size  # share of verdicts without a score
+            row["seconds"] = time.perf_counter() - began
+            run.metrics.write(json.dumps(row) + "\n")
+            if step % args.games_every == 0 or step == 1:
+                run.games.write(games)
+            done, recent = step, [*recent, row][-WINDOW:]
+            for sentence in watch(recent, said):
+                bar.write(sentence)
+                if not crew.rank:
+                    (run.folder / "warnings.txt").write_text("".join(line + "\n" for line in said.values()))
+            bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
+            if step % args.show_every == 0 or step == 1:
+                bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))
+            stop = any(crew.all(bool(asked)))
+            if run.due(step) or stop or step == args.steps:
+                run.checkpoint(game.optimizer, game.generator, {"step": step, "rng": game.rng.getstate(), "said": said, "recent": recent})
+            if stop:
+                break
+    return done
+
+
+def compare(game, run, args):
+    """The scoreboard: the start and the trained model on held-out instructions of the embedded language."""
+    with resident(game.model), resident(game.reference):
+        if not game.crew.rank:
+            queries = language.evaluation_set(args.eval_items)
+            # Independent samples for the two: with one seed they would answer with the same luck.
+            rates = {name: evaluate.rate(m, game.tokenizer, queries, 2 * args.seed + i) for i, (name, m) in enumerate([("start", game.reference), ("now", game.model)])}
+            evaluate.scoreboard(rates, queries, run.folder / "evaluation.json")
+
+
 def main(argv=None):
     """Play, score, update, step by step, into a run's folder; then the scoreboard."""
     args = parse_args(argv)
@@ -485,132 +605,33 @@ def main(argv=None):
         raise UserError(f"{crew.size} processes play together without --offload, --explain and --dry-run, and share --queries out evenly")
     if crew.rank:
         sys.stdout = open(os.devnull, "w")  # the first one speaks for all
-    seed = random.Random(f"{args.seed} {crew.rank}").getrandbits(32) if crew.rank else args.seed  # no two play the same games
-    generator = torch.Generator(device).manual_seed(seed)
-    rng = random.Random(args.seed)
-    config, dtype = read_config(args.model, args.revision), DTYPES[args.dtype]
-    lookers_on = [config] + ([read_config(args.reward)] if names_model(args.reward) else [])
-    plan = memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute, frozen=lookers_on, offloaded=args.offload)
     if args.dry_run:
-        print(f"{args.game} on {args.model}: {parameter_count(config):,} parameters, {args.dtype}")
-    if crew.size == 1:
-        check_memory(plan, device, args.dry_run)
-    model, tokenizer = load(args.model, *((device, dtype) if crew.size == 1 else ("cpu", torch.float32)), args.revision)
-    reference = copy.deepcopy(model).requires_grad_(False)  # the starting model: KL anchor, judge, and opponent at the end
-    prompt = None if args.game == "grpo" else challenger_prompt(tokenizer, args.task, args.template)
-    data = evaluate.read_data(args.data) if args.data else None
-    draw = (lambda: rng.choice(data)[0]) if data else lambda: [{"role": "user", "content": language.draw(rng)}]
-    referee = load_referee(args.reward, device, data, dtype, args.reward_timeout)
-    start = fingerprint(model, data)
-    if crew.size > 1:
-        shard(model, device, dtype), shard(reference, device, dtype)
-    if args.offload:
-        for frozen in [reference] + ([referee.model] if names_model(args.reward) else []):
-            offload(frozen)
-    judge = None
-    if args.game == "lsp" and args.quality > 0:
-        judge = (QualityReward if args.judge == "expected" else WrittenQuality)(reference, tokenizer)
-    model.recompute = args.recompute
-    optimizer = optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0, fused=True)
-    set_rate(optimizer, args.lr / 20)
+        print(f"{args.game} on {args.model}: {parameter_count(read_config(args.model, args.revision)):,} parameters, {args.dtype}")
+    game = set_up(args, device, crew)
     if args.dry_run:
-        for name in ("first", "second"):
-            began = time.perf_counter()
-            queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator)
-            _, _, a_sol, a_ch = score(queries, answers, referee, judge, args)
-            update(model, reference, optimizer, sides(solver, challenger, a_sol, a_ch, args), args)
-            print(f"{name} step: {time.perf_counter() - began:.2f} seconds")
-        print(f"{args.steps} steps like the second: {args.steps * (time.perf_counter() - began) / 60:.1f} minutes; nothing was saved")
-        return
+        return dry_run(game, args)
     if args.explain:
-        return explain(model, reference, tokenizer, optimizer, prompt, draw, referee, judge, args, generator)
-    folder = facts = tensors = None
-    if not crew.rank and hasattr(args, "resume"):
-        folder, lock, facts, tensors = evaluate.reopen(args.resume)
-    elif not crew.rank:
-        folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
-        lock = evaluate.lock(folder)  # held until this process ends
-        facts = {"settings": vars(args), "start": start, "step": 0, "said": {}, "recent": [], "metrics": 0, "games": 0}
-    folder, facts = crew.all((folder, facts))[0]  # the first one's
-    if facts["start"] != start:
-        raise UserError(f"{args.model}{f' or {args.data}' if args.data else ''} is not what this run began with")
-    if hasattr(args, "resume"):
-        load_state(model, optimizer, generator, tensors or read_state(folder / evaluate.CHECKPOINT)[1], crew)
-        del tensors
-        rng.setstate((facts["rng"][0], tuple(facts["rng"][1]), facts["rng"][2]))
-    log = evaluate.log if not crew.rank else lambda *_: open(os.devnull, "w")
-    done, recent, said = facts["step"], facts["recent"], facts["said"]
-    print(f"{args.game} on {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, " + (f"on from step {done} of {folder}" if done else f"into {folder}"))
-    print("the losses in metrics.jsonl stay near 0: the ratio is 1 and advantages are centred, so only KL is left; their gradient is not 0")
-
-    began, first = time.perf_counter(), done + 1
-    saved = began
-    with (log(folder, "metrics.jsonl", facts["metrics"]) as metrics_file, log(folder, "games.jsonl", facts["games"]) as games_file, evaluate.stop_asked() as asked,
-          tqdm(range(first, args.steps + 1), initial=done, total=args.steps, unit="step", disable=True if crew.rank else None, dynamic_ncols=True) as bar):
-        def checkpoint():
-            save_state(folder / evaluate.CHECKPOINT, optimizer, generator, facts | {
-                "step": done, "rng": rng.getstate(), "said": said, "recent": recent, "metrics": metrics_file.tell(), "games": games_file.tell()}, crew)
-
-        for step in bar:
-            step_began = time.perf_counter()
-            set_rate(optimizer, args.lr * min(step / 20, 1 - (step - 1) / args.steps))
-            queries, answers, challenger, solver = play(model, tokenizer, prompt, draw, args, generator, crew)
-            reward, quality, a_sol, a_ch = score(queries, answers, referee, judge, args, crew)
-            players = sides(solver, challenger, a_sol, a_ch, args)
-            # From here on, for the record, what all processes played.
-            queries, answers, challenger, solver, reward, quality, a_sol, a_ch = map(together, zip(*crew.all((queries, answers, challenger, solver, reward, quality, a_sol, a_ch))))
-            valid = referee.valid(queries) if hasattr(referee, "valid") else None
-            games = json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n"
-            try:
-                losses, norm = update(model, reference, optimizer, players, args, crew)
-            except FloatingPointError as error:
-                if not crew.rank:
-                    (folder / "not-finite.json").write_text(games)
-                raise UserError(f"step {step}: {error}; the step was not taken, its games are in {folder / 'not-finite.json'}; try a smaller --lr in a new run") from None
-
-            row = measure(queries, solver, challenger, reward, quality if judge else None, valid, losses, norm)
-            row |= {"malformed": sum(crew.all(judge.malformed)) / crew.size} if hasattr(judge, "malformed") else {}  # share of verdicts without a score
-            row = {"step": step} | row | {"seconds": time.perf_counter() - step_began}
-            metrics_file.write(json.dumps(row) + "\n")
-            if step % args.games_every == 0 or step == 1:
-                games_file.write(games)
-            done, recent = step, [*recent, row][-WINDOW:]
-            for sentence in watch(recent, said):
-                bar.write(sentence)
-                if not crew.rank:
-                    (folder / "warnings.txt").write_text("".join(line + "\n" for line in said.values()))
-            bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
-            if step % args.show_every == 0 or step == 1:
-                bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))
-            stop, due = map(max, zip(*crew.all((bool(asked), time.perf_counter() - saved > 600))))  # long steps: every ten minutes
-            if step % args.save_every == 0 or stop or step == args.steps or due:
-                checkpoint()
-                saved = time.perf_counter()
-            if stop:
-                break
-    save(model, folder / "model")
-    if done < args.steps:
-        print(f"stopped after step {done}; saved what there is: python selfplay.py --resume {folder} goes on")
-    print(f"\n{done - first + 1} steps in {(time.perf_counter() - began) / 60:.1f} minutes; the model is in {folder / 'model'}", flush=True)
-    if done and args.reward == "exact":  # the scoreboard speaks of the embedded language
-        with resident(model), resident(reference):
-            if not crew.rank:
-                queries = language.evaluation_set(args.eval_items)
-                # Independent samples for the two: with one seed they would answer with the same luck.
-                rates = {name: evaluate.rate(m, tokenizer, queries, 2 * args.seed + i) for i, (name, m) in enumerate([("start", reference), ("now", model)])}
-                report = evaluate.report(rates, queries)
-                (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-                print("\n" + evaluate.table(report["scores"]))
-                print(evaluate.win_line(report["win_rate"]["now"]))
-    leave(crew)
-    if crew.rank:
-        return
-    if evaluate.draw([folder], folder / "curves.png"):
-        print(f"look at it: {folder / 'curves.png'}; every game: {folder / 'games.jsonl'}; as a page: python evaluate.py report {folder}")
-    if done == args.steps:
-        evaluate.end(folder)
-    lock.close()
+        return explain(game, args)
+    with evaluate.open_run(args, game.start, crew, step=0, said={}, recent=[]) as run:
+        first = run.facts["step"]
+        if run.tensors:
+            run.restore(game.model, game.optimizer, game.generator, game.rng)
+        print(f"{args.game} on {args.model}: {sum(p.numel() for p in game.model.parameters()):,} parameters, "
+              f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, " + (f"on from step {first} of {run.folder}" if first else f"into {run.folder}"))
+        print("the losses in metrics.jsonl stay near 0: the ratio is 1 and advantages are centred, so only KL is left; their gradient is not 0")
+        began = time.perf_counter()
+        done = train(game, run, args)
+        save(game.model, run.folder / "model")
+        if done < args.steps:
+            print(f"stopped after step {done}; saved what there is: python selfplay.py --resume {run.folder} goes on")
+        print(f"\n{done - first} steps in {(time.perf_counter() - began) / 60:.1f} minutes; the model is in {run.folder / 'model'}", flush=True)
+        if done and args.reward == "exact":  # the scoreboard speaks of the embedded language
+            compare(game, run, args)
+        leave(crew)
+        if not crew.rank:
+            evaluate.show_run(run.folder)
+            if done == args.steps:
+                run.end()
 
 
 if __name__ == "__main__":

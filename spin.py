@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (DTYPES, UserError, check_device, check_memory, clip, fingerprint, generate, groups, load, load_state, logprobs, memory_plan, number,
-                   optimizer_for, pack, read_config, run_command, save, save_state, set_rate)
+from model import (DTYPES, Llama, Tokenizer, UserError, check_device, check_memory, clip, fingerprint, generate, groups, load, logprobs, memory_plan, number,
+                   optimizer_for, pack, read_config, run_command, save, set_rate)
 from tiny import language
 
 # The loss of a margin: any convex, falling function will do (SPIN section 4.1).
@@ -54,6 +54,30 @@ class Pair(NamedTuple):
     prompt: list
     answer: list
     rival: list
+
+
+class Game(NamedTuple):
+    """What a run is played with: `set_up` makes it from the settings."""
+    player: Llama
+    tokenizer: Tokenizer
+    data: list  # [(messages, people's answer)], shuffled
+    prompts: list  # the same, as ids
+    answers: list
+    generator: torch.Generator  # the opponent's answers
+    rng: random.Random  # the order of the pairs
+    start: int  # fingerprint of the starting model and the data
+
+
+class Iteration(NamedTuple):
+    """What the player learns from in one iteration."""
+    number: int
+    before: int  # updates that earlier iterations made
+    rng: tuple  # state of the game's rng when this one begins: a run that goes on shuffles as before
+    chosen: list  # which of the data its own pairs are of
+    pairs: list  # M Pairs: the last iteration's, and then its own
+    ref: torch.Tensor  # [M, 2]: their log-probabilities under p_t; None in sft
+    lam: float
+    lr: float
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,10 +224,10 @@ def change_line(rows):
     return "  ".join(f"{name} {rows[0][k]:.3f} -> {sum(r[k] for r in end) / len(end):.3f}" for k, name in names.items() if k in rows[0])
 
 
-def game_records(tokenizer, data, chosen, pairs, iteration):
-    """An iteration's new pairs for games.jsonl, as text."""
-    return [{"iteration": iteration, "prompt": data[i][0][-1]["content"], "answer": tokenizer.decode(p.answer), "rival": tokenizer.decode(p.rival)}
-            for i, p in zip(chosen, pairs)]
+def game_records(game, it):
+    """An iteration's own pairs for games.jsonl, as text."""
+    return [{"iteration": it.number, "prompt": game.data[i][0][-1]["content"], "answer": game.tokenizer.decode(p.answer), "rival": game.tokenizer.decode(p.rival)}
+            for i, p in zip(it.chosen, it.pairs[-len(it.chosen):])]
 
 
 def pair_text(tokenizer, messages, pair, lp, ref, lam):
@@ -215,14 +239,15 @@ def pair_text(tokenizer, messages, pair, lp, ref, lam):
     return "\n".join(lines + [f"      margin {spin_margin(lp[None], ref[None], lam).item():+.2f}"])
 
 
-def explain(player, tokenizer, prompts, answers, data, generator, rng, args):
+def explain(game, args):
     """--explain: one pair of one update as a lesson, number by number, each with the function that computed it.
 
     Half of the update's pairs are trained on first, unseen: at the very start player and opponent are the same, and the margin is 0.
     """
+    player, tokenizer, rng = game.player, game.tokenizer, game.rng
     opponent = copy.deepcopy(player).requires_grad_(False)
-    prompts, answers = prompts[:2 * args.batch], answers[:2 * args.batch]
-    rivals = opponent_answers(opponent, prompts, args.answer_tokens, generator)
+    prompts, answers = game.prompts[:2 * args.batch], game.answers[:2 * args.batch]
+    rivals = opponent_answers(opponent, prompts, args.answer_tokens, game.generator)
     pairs = [Pair(*row) for row in zip(prompts, answers, rivals)]
     ref = opponent_logprobs(opponent, pairs, args.micro_batch)
     half = len(pairs) // 2
@@ -231,7 +256,7 @@ def explain(player, tokenizer, prompts, answers, data, generator, rng, args):
     pick = next((i for i in range(half, len(pairs)) if pairs[i].answer != pairs[i].rival), half)
     pair = pairs[pick]
     print(f"(first trained on {half} other pairs, unseen: else the player were its opponent, and the margin 0)\n")
-    print(f"THE PAIR: the opponent answered too                                                opponent_answers\n  {data[pick][0][-1]['content'][:96]}")
+    print(f"THE PAIR: the opponent answered too                                                opponent_answers\n  {game.data[pick][0][-1]['content'][:96]}")
     print(f"  {sum(p.answer == p.rival for p in pairs)} of {len(pairs)} such pairs have two equal answers, and teach nothing")
     print("\nTOKENS: under the player p and the opponent p_t                                       logprobs")
     for who, reply in (("y   people's answer", pair.answer), ("y'  the opponent's", pair.rival)):
@@ -294,9 +319,7 @@ def parse_args(argv=None):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
     if hasattr(args, "resume"):
-        if len(sys.argv[1:] if argv is None else argv) > 1 + ("=" not in (argv or sys.argv[1:])[0]):
-            parser.error("--resume goes on by the run's own settings: leave all other flags out")
-        return evaluate.resumed(args.resume, ("spin", "sft"), parser.parse_args([]))
+        return evaluate.resumed(parser, argv, ("spin", "sft"))
     if evaluate.is_real(args.model):
         parser.set_defaults(**REAL)
         args = parser.parse_args(argv)
@@ -308,136 +331,168 @@ def parse_args(argv=None):
     return args
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+def set_up(args):
+    """The Game of these settings: the model loaded, the data encoded, nothing played yet. Raises UserError."""
+    check_device(args.device)
+    data = evaluate.read_data(args.data) if hasattr(args, "data") else language_data(args.pairs * args.iterations)
+    rng = random.Random(args.seed)
+    rng.shuffle(data)
+    plan = memory_plan(read_config(args.model, args.revision), DTYPES[args.dtype], 1, 1, ROOM, args.micro_batch, args.recompute)
+    check_memory(plan, args.device)
+    player, tokenizer = load(args.model, args.device, DTYPES[args.dtype], args.revision)
+    player.recompute = args.recompute
+    prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
+    return Game(player, tokenizer, data, prompts, answers, torch.Generator(args.device).manual_seed(args.seed), rng, fingerprint(player, data))
+
+
+def choose(game, args, t):
+    """Of iteration t: (which of the data its pairs are of, lambda, learning rate)."""
+    size = min(args.pairs, len(game.data))
+    chosen = [i % len(game.data) for i in range(t * size, (t + 1) * size)]
+    return chosen, args.lam_last if 0 < t == args.iterations - 1 else args.lam, args.lr if t < 2 else args.lr_late
+
+
+def begin(game, args, t, last, before):
+    """Iteration t, after `before` updates. The player still is the opponent p_t: what p_t is needed for is computed here, and kept.
+
+    last: the Pairs of the iteration before, which are mixed in.
+    """
+    chosen, lam, lr = choose(game, args, t)
+    rivals, ref = [[]] * len(chosen), None
+    if args.game == "spin":
+        rivals = opponent_answers(game.player, [game.prompts[i] for i in chosen], args.answer_tokens, game.generator)
+    pairs = last + [Pair(game.prompts[i], game.answers[i], rival) for i, rival in zip(chosen, rivals)]
+    if args.game == "spin":
+        ref = opponent_logprobs(game.player, pairs, args.micro_batch)
+    return Iteration(t, before, game.rng.getstate(), chosen, pairs, ref, lam, lr)
+
+
+def checkpoint(run, game, it, optimizer, update, rates):
+    """Write down where a run stands, after so many updates of an iteration: with what p_t said, and the scores so far."""
+    facts = {"iteration": it.number, "done": it.before, "update": update, "rng": it.rng, "rates": list(rates)}
+    tensors = {"rivals": torch.tensor([i for p in it.pairs for i in p.rival], dtype=torch.int32), "lengths": torch.tensor([len(p.rival) for p in it.pairs])}
+    tensors |= {} if it.ref is None else {"ref": it.ref}
+    tensors |= {f"rate.{name}.{key}": value for name, both in rates.items() for key, value in both.items()}
+    run.checkpoint(optimizer, game.generator, facts, **tensors)
+
+
+def go_on(run, game, args, optimizer):
+    """What `checkpoint` wrote: (the Iteration, the figures of its updates so far, the scores). Player, optimizer and generators are as they were."""
+    tensors, facts = run.restore(game.player, optimizer, game.generator, game.rng), run.facts
+    t, update = facts["iteration"], facts["update"]
+    chosen, lam, lr = choose(game, args, t)
+    both = (choose(game, args, t - 1)[0] if t else []) + chosen
+    rivals = tensors["rivals"].split(tensors["lengths"].tolist())
+    pairs = [Pair(game.prompts[i], game.answers[i], rival.tolist()) for i, rival in zip(both, rivals)]
+    ref = tensors["ref"].to(args.device) if "ref" in tensors else None
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[len(lines) - update:]]
+    rates = {name: {key: tensors[f"rate.{name}.{key}"] for key in ("sampled", "greedy")} for name in facts["rates"]}
+    return Iteration(t, facts["done"], game.rng.getstate(), chosen, pairs, ref, lam, lr), rows, rates
+
+
+def play_iteration(run, game, it, optimizer, args, rows, rates, began, stop):
+    """The updates of an iteration, but for those whose figures are in `rows` already, and the record of them.
+
+    Returns all rows, and whether the iteration is at its end: no longer so once `stop` is not empty. began: when it began.
+    """
+    updates, spent = args.epochs * math.ceil(len(it.pairs) / args.batch), time.perf_counter() - began
+    with tqdm(total=updates, initial=len(rows), unit="update", disable=None, dynamic_ncols=True) as bar:
+        training = train(game.player, it.pairs, it.ref, it.lam, it.lr, optimizer, args, game.rng, len(rows))
+        while len(rows) < updates and not stop:
+            try:
+                row = next(training)
+            except FloatingPointError as error:
+                raise UserError(f"iteration {it.number}, update {len(rows) + 1}: {error}; it was not made; try a smaller --lr in a new run") from None
+            if not rows:  # the first update bears what the opponent did before it
+                row |= {"tokens": sum(len(p.rival) for p in it.pairs[-len(it.chosen):]), "seconds": row["seconds"] + spent}
+            rows.append(row)
+            run.metrics.write(json.dumps({"step": it.before + len(rows), "iteration": it.number, "tokens": 0} | row) + "\n")
+            bar.update()
+            bar.set_postfix_str("  ".join(f"{k} {row[k]:.3f}" for k in ("loss", "margin") if k in row))
+            if run.due(len(rows)) and len(rows) < updates:
+                checkpoint(run, game, it, optimizer, len(rows), rates)
+    if len(rows) < updates:
+        checkpoint(run, game, it, optimizer, len(rows), rates)
+    return rows, len(rows) == updates
+
+
+def rate(game, args, rates, name):
+    """Add the player's score by this name; the scoreboard speaks of the embedded language."""
+    if not hasattr(args, "data"):
+        queries = language.evaluation_set(args.eval_items)
+        rates[name] = evaluate.rate(game.player, game.tokenizer, queries, 1000 * args.seed + len(rates))
+        print(f"right answers of {name}: {evaluate.short(rates[name])}", flush=True)
+
+
+def show_pair(game, it, args):
+    """The first of an iteration's own pairs that taught something, after the training."""
+    first = len(it.pairs) - len(it.chosen)
+    i = next((i for i in range(first, len(it.pairs)) if it.pairs[i].answer != it.pairs[i].rival), None)
+    if i is not None:
+        now = opponent_logprobs(game.player, [it.pairs[i]], args.micro_batch)[0]
+        print(pair_text(game.tokenizer, game.data[it.chosen[i - first]][0], it.pairs[i], now, it.ref[i], it.lam))
+
+
 def main(argv=None):
     """Play: the opponent answers, the player trains, and is the next opponent."""
     args = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("this game is for one process: start it without torchrun")
-    path = getattr(args, "data", None)
-    generator = torch.Generator(check_device(args.device)).manual_seed(args.seed)
-    rng = random.Random(args.seed)
-    data = evaluate.read_data(path) if path else language_data(args.pairs * args.iterations)
-    rng.shuffle(data)
-    config = read_config(args.model, args.revision)
-    check_memory(memory_plan(config, DTYPES[args.dtype], 1, 1, ROOM, args.micro_batch, args.recompute), args.device)
-    player, tokenizer = load(args.model, args.device, DTYPES[args.dtype], args.revision)
-    player.recompute = args.recompute
-    prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
+    game, spin = set_up(args), args.game == "spin"
     if args.explain:
-        return explain(player, tokenizer, prompts, answers, data, generator, rng, args)
-    start, saved = fingerprint(player, data), None
-    if hasattr(args, "resume"):
-        folder, lock, facts, saved = evaluate.reopen(args.resume)
-        if facts["start"] != start:
-            raise UserError(f"{args.model}{f' or {path}' if path else ''} is not what this run began with")
-    else:
-        folder = evaluate.new_run(getattr(args, "run", None), args.game, vars(args))
-        lock = evaluate.lock(folder)  # held until this process ends
-        facts = {"settings": vars(args), "start": start, "iteration": 0, "done": 0, "update": 0, "metrics": 0, "games": 0}
-    print(f"{args.game} on {args.model}: {sum(p.numel() for p in player.parameters()):,} parameters, {len(data):,} answers "
-          f"{'from ' + path if path else 'to instructions of its fine-tuning set, without the hasty ones'}, seed {args.seed}, "
-          + (f"on from update {facts['done'] + facts['update']} of {folder}" if saved else f"into {folder}"))
-    if args.game == "spin":
-        print("the first loss of an iteration is log 2 = 0.693: the player still is its opponent. Both log-probabilities may fall,\n"
-              "of people's answers too; that is normal: only the margin between them is trained")
-    queries, rates = language.evaluation_set(args.eval_items), {}
-
-    def rate(name):  # the scoreboard speaks of the embedded language
-        if not path:
-            rates[name] = evaluate.rate(player, tokenizer, queries, 1000 * args.seed + len(rates))
-            print(f"right answers of {name}: {evaluate.short(rates[name])}", flush=True)
-
-    if not saved:
-        rate("start")
-    began, first, done, pairs, size = time.perf_counter(), facts["done"] + facts["update"], facts["done"], [], min(args.pairs, len(data))
-    with (evaluate.log(folder, "metrics.jsonl", facts["metrics"]) as metrics_file, evaluate.log(folder, "games.jsonl", facts["games"]) as games_file,
-          evaluate.stop_asked() as stop):
-        for iteration in range(facts["iteration"], args.iterations):
-            last = iteration == args.iterations - 1
-            lam, lr = args.lam_last if last and iteration else args.lam, args.lr if iteration < 2 else args.lr_late
-            chosen = [i % len(data) for i in range(iteration * size, (iteration + 1) * size)]
-            optimizer, update, rows, asked, spin = rmsprop(player, lr), 0, [], time.perf_counter(), args.game == "spin"
-            if saved:  # within this iteration: the opponent's answers and log-probabilities are in the checkpoint
-                load_state(player, optimizer, generator, saved)
-                rng.setstate((facts["rng"][0], tuple(facts["rng"][1]), facts["rng"][2]))
-                update, rivals = facts["update"], iter(saved["rivals"].split(saved["lengths"].tolist()))
-                pairs = [Pair(prompts[i % len(data)], answers[i % len(data)], next(rivals).tolist()) for i in range(max(0, iteration - 1) * size, (iteration + 1) * size)]
-                ref = saved["ref"].to(args.device) if spin else None
-                rates |= {name: {key: saved[f"rate.{name}.{key}"] for key in ("sampled", "greedy")} for name in facts["rates"]}
-                rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-update:] if update else []
-                saved = None
-            else:
-                # Until its first update, the player is the opponent p_t: what p_t is needed for is computed here, and kept.
-                rivals = opponent_answers(player, [prompts[i] for i in chosen], args.answer_tokens, generator) if spin else [[]] * size
-                pairs = pairs[-size:] + [Pair(prompts[i], answers[i], rival) for i, rival in zip(chosen, rivals)]  # the last iteration's, and this one's
-                ref = opponent_logprobs(player, pairs, args.micro_batch) if spin else None
+        return explain(game, args)
+    with evaluate.open_run(args, game.start, iteration=0, done=0, update=0) as run:
+        first = done = run.facts["done"] + run.facts["update"]
+        print(f"{args.game} on {args.model}: {sum(p.numel() for p in game.player.parameters()):,} parameters, {len(game.data):,} answers "
+              f"{'from ' + args.data if hasattr(args, 'data') else 'to instructions of its fine-tuning set, without the hasty ones'}, seed {args.seed}, "
+              + (f"on from update {first} of {run.folder}" if run.tensors else f"into {run.folder}"))
+        if spin:
+            print("the first loss of an iteration is log 2 = 0.693: the player still is its opponent. Both log-probabilities may fall,\n"
+                  "of people's answers too; that is normal: only the margin between them is trained")
+        rates, last, finished, began = {}, [], False, time.perf_counter()
+        if not run.tensors:
+            rate(game, args, rates, "start")
+        with evaluate.stop_asked() as stop:
+            for t in range(run.facts["iteration"], args.iterations):
+                iteration_began, rows = time.perf_counter(), []
+                optimizer = rmsprop(game.player, choose(game, args, t)[2])
+                if run.tensors:  # within this iteration
+                    it, rows, rates = go_on(run, game, args, optimizer)
+                else:
+                    it = begin(game, args, t, last, done)
+                    if spin:
+                        run.games.write(json.dumps({"step": done, "games": game_records(game, it)}) + "\n")
+                    checkpoint(run, game, it, optimizer, 0, rates)
+                last = it.pairs[-len(it.chosen):]
+                print(f"\niteration {t}: {len(it.pairs):,} pairs, {len(last):,} of them new; learning rate {it.lr:g}")
                 if spin:
-                    games_file.write(json.dumps({"step": done, "games": game_records(tokenizer, data, chosen, pairs[-size:], iteration)}) + "\n")
-            new = pairs[-size:]
-            print(f"\niteration {iteration}: {len(pairs):,} pairs, {len(new):,} of them new; learning rate {lr:g}")
-            if spin:
-                print(identical_line(new, lam, args.loss))
-            facts |= {"iteration": iteration, "done": done, "rng": rng.getstate()}
-
-            def checkpoint():
-                ids = [i for p in pairs for i in p.rival]
-                save_state(folder / evaluate.CHECKPOINT, optimizer, generator,
-                           facts | {"update": update, "rates": list(rates), "metrics": metrics_file.tell(), "games": games_file.tell()},
-                           rivals=torch.tensor(ids, dtype=torch.int32), lengths=torch.tensor([len(p.rival) for p in pairs]), **({"ref": ref} if spin else {}),
-                           **{f"rate.{name}.{key}": value for name, both in rates.items() for key, value in both.items()})
-
-            if not update:
-                checkpoint()
-            asked = time.perf_counter() - asked
-            updates, kept = args.epochs * math.ceil(len(pairs) / args.batch), time.perf_counter()
-            with tqdm(total=updates, initial=update, unit="update", disable=None, dynamic_ncols=True) as bar:
-                training = train(player, pairs, ref, lam, lr, optimizer, args, rng, update)
-                while update < updates and not stop:
-                    try:
-                        row = next(training)
-                    except FloatingPointError as error:
-                        raise UserError(f"iteration {iteration}, update {update + 1}: {error}; it was not made; try a smaller --lr in a new run") from None
-                    if not update:  # the first update bears what the opponent did before it
-                        row |= {"tokens": sum(len(p.rival) for p in new), "seconds": row["seconds"] + asked}
-                    update += 1
-                    rows.append(row)
-                    metrics_file.write(json.dumps({"step": done + update, "iteration": iteration, "tokens": 0} | row) + "\n")
-                    bar.update()
-                    bar.set_postfix_str("  ".join(f"{k} {row[k]:.3f}" for k in ("loss", "margin") if k in row))
-                    if (update % args.save_every == 0 or time.perf_counter() - kept > 600) and update < updates:  # long updates: every ten minutes
-                        checkpoint()
-                        kept = time.perf_counter()
-            if update < updates:
-                checkpoint()
-                save(player, folder / f"iteration-{iteration}-unfinished")
-                print(f"stopped in iteration {iteration}; the player as it is: {folder}/iteration-{iteration}-unfinished; python spin.py --resume {folder} goes on")
-                done += update
-                break
-            done += update
-            save(player, folder / f"iteration-{iteration}")
-            print(change_line(rows))
-            if spin:
-                show = next((i for i, p in enumerate(new, len(pairs) - len(new)) if p.answer != p.rival), None)
-                if show is not None:
-                    now = opponent_logprobs(player, [pairs[show]], args.micro_batch)[0]
-                    print(pair_text(tokenizer, data[chosen[show - len(pairs)]][0], pairs[show], now, ref[show], lam))
-            rate(f"iteration {iteration}")
-            shutil.rmtree(folder / f"iteration-{iteration}-unfinished", ignore_errors=True)  # of a stop before
-            if stop and not last:
-                print(f"stopped after iteration {iteration}: python spin.py --resume {folder} goes on")
-                break
-    print(f"\n{done - first} updates in {(time.perf_counter() - began) / 60:.1f} minutes; the iterates are in {folder}")
-    if rates:
-        report = evaluate.report(rates, queries)
-        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-        print("\n" + evaluate.table(report["scores"]))
-        for name, win in report["win_rate"].items():
-            print(f"{name}: {evaluate.win_line(win)}")
-    if evaluate.draw([folder], folder / "curves.png"):
-        print(f"look at it: {folder / 'curves.png'}; what the opponent said: {folder / 'games.jsonl'}; as a page: python evaluate.py report {folder}")
-    if iteration == args.iterations - 1 and update == updates:
-        evaluate.end(folder)
-    lock.close()
+                    print(identical_line(last, it.lam, args.loss))
+                rows, whole = play_iteration(run, game, it, optimizer, args, rows, rates, iteration_began, stop)
+                done, unfinished = it.before + len(rows), run.folder / f"iteration-{t}-unfinished"
+                if not whole:
+                    save(game.player, unfinished)
+                    print(f"stopped in iteration {t}; the player as it is: {unfinished}; python spin.py --resume {run.folder} goes on")
+                    break
+                save(game.player, run.folder / f"iteration-{t}")
+                print(change_line(rows))
+                if spin:
+                    show_pair(game, it, args)
+                rate(game, args, rates, f"iteration {t}")
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a stop before
+                finished = t == args.iterations - 1
+                if stop and not finished:
+                    print(f"stopped after iteration {t}: python spin.py --resume {run.folder} goes on")
+                    break
+        print(f"\n{done - first} updates in {(time.perf_counter() - began) / 60:.1f} minutes; the iterates are in {run.folder}")
+        if rates:
+            evaluate.scoreboard(rates, language.evaluation_set(args.eval_items), run.folder / "evaluation.json")
+        evaluate.show_run(run.folder)
+        if finished:
+            run.end()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Speed, side by side in one run, as JSON: `python tests/bench.py` (needs tests/requirements.txt).
 
 Ours and its peer alternate, so that a busy machine slows both; medians and their ratio.
-    generate: 32 prompts x 8 answers on the embedded default, sampled to their natural ends, against transformers' generate
+    generate: 32 prompts x 16 answers on the embedded default, sampled to their natural ends, against transformers' generate
     grpo step: sample, reward, log-probabilities of policy and reference, one AdamW step, against TRL's GRPOTrainer
     spin update: one update of an iteration's training on 64 pairs, against TRL's DPOTrainer with stored reference log-probabilities
-    lsp step: its floating-point work against what this machine reaches in one large matrix product
+    lsp step: its floating-point work against what this machine reaches in one large matrix product; and against a step with half the answers
+    run: which share of 100 steps is spent on the record (figures, games, bar), and which on checkpoints
 """
 import argparse
-import copy
+import contextlib
+import io
 import json
 import logging
 import os
@@ -18,7 +20,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,13 +33,13 @@ logging.disable(logging.WARNING)
 import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+import evaluate  # noqa: E402
 import model as llama  # noqa: E402
 import selfplay  # noqa: E402
 import spin  # noqa: E402
-from rewards import ExactReward, QualityReward  # noqa: E402
 from tiny import language  # noqa: E402
 
-ROUNDS = 7
+ROUNDS, ANSWERS = 7, 16
 
 
 def seconds(work):
@@ -56,37 +60,33 @@ def bench_generate(model, prompts):
     width, pad = max(map(len, prompts)), peer.config.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    ours = lambda: llama.generate(model, prompts, 8, 32)
-    theirs = lambda: peer.generate(ids, attention_mask=mask, num_return_sequences=8, max_new_tokens=32, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    ours = lambda: llama.generate(model, prompts, ANSWERS, 32)
+    theirs = lambda: peer.generate(ids, attention_mask=mask, num_return_sequences=ANSWERS, max_new_tokens=32, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     ours(), theirs()
     times = [(seconds(ours), seconds(theirs)) for _ in range(ROUNDS)]
     return {"ours_s": statistics.median(a for a, _ in times), "transformers_s": statistics.median(b for _, b in times),
             "ratio": statistics.median(b / a for a, b in times)}
 
 
-def stepper(model, tokenizer, *flags):
-    """A function that plays one step, and the list of whole-step seconds."""
-    args = selfplay.parse_args([*flags, "--device", "cpu"])
-    reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    judge = QualityReward(reference, tokenizer) if args.game == "lsp" else None
-    generator, rng = torch.Generator().manual_seed(0), random.Random(0)
-    prompt = None if args.game == "grpo" else selfplay.challenger_prompt(tokenizer)
-    draw = lambda: [{"role": "user", "content": language.draw(rng)}]
+def stepper(*flags):
+    """(a function that plays one step of selfplay.py with these flags, its settings)."""
+    args = selfplay.parse_args(["--model", str(ROOT / "tiny"), "--answers", str(ANSWERS), "--device", "cpu", *flags])
+    game = selfplay.set_up(args, "cpu")
 
     def step():
-        queries, answers, challenger, solver = selfplay.play(model, tokenizer, prompt, draw, args, generator)
-        _, _, a_sol, a_ch = selfplay.score(queries, answers, ExactReward(), judge, args)
-        selfplay.update(model, reference, optimizer, selfplay.sides(solver, challenger, a_sol, a_ch, args), args)
-    return step
+        queries, answers, challenger, solver = selfplay.play(game.model, game.tokenizer, game.prompt, game.draw, args, game.generator)
+        _, _, a_sol, a_ch = selfplay.score(queries, answers, game.referee, game.judge, args)
+        selfplay.update(game.model, game.reference, game.optimizer, selfplay.sides(solver, challenger, a_sol, a_ch, args), args)
+    return step, args
 
 
-def bench_grpo(model, tokenizer, queries):
+def bench_grpo(queries):
     """The same batch, KL weight and reward; TRL steps are timed between its own callbacks, ours in the gaps."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    ours_step, ours, theirs = stepper(model, tokenizer, "--game", "grpo"), [], []
+    ours, theirs = [], []
+    ours_step, settings = stepper("--game", "grpo")
     ours_step()
 
     class Clock(TrainerCallback):
@@ -102,8 +102,8 @@ def bench_grpo(model, tokenizer, queries):
 
     data = Dataset.from_dict({"prompt": [[{"role": "user", "content": q}] for q in queries * (ROUNDS + 1)]})
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(output_dir=folder, use_cpu=True, per_device_train_batch_size=256, num_generations=8, max_completion_length=32, beta=0.02,
-                            learning_rate=1e-4, temperature=1.0, scale_rewards="none", loss_type="grpo", max_steps=ROUNDS + 1, report_to="none",
+        config = GRPOConfig(output_dir=folder, use_cpu=True, per_device_train_batch_size=len(queries) * ANSWERS, num_generations=ANSWERS, max_completion_length=settings.answer_tokens,
+                            beta=settings.kl, learning_rate=settings.lr, temperature=1.0, scale_rewards="none", loss_type="grpo", max_steps=ROUNDS + 1, report_to="none",
                             logging_strategy="no", save_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False, top_k=0, seed=0)
         trainer = GRPOTrainer(AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), reward, config, data,
                               processing_class=AutoTokenizer.from_pretrained(ROOT / "tiny"), callbacks=[Clock()])
@@ -148,18 +148,37 @@ def bench_spin(model, tokenizer):
             "identical_pairs": sum(p.answer == p.rival for p in pairs) / len(pairs)}
 
 
-def bench_lsp(model, tokenizer):
-    step = stepper(model, tokenizer, "--game", "lsp")
-    step()
-    work, times, rates = [], [], []
-    for _ in range(ROUNDS):
-        times.append(seconds(step))
-        rates.append(matrix_rate())
+def bench_lsp():
+    step, half = stepper("--game", "lsp")[0], stepper("--game", "lsp", "--answers", str(ANSWERS // 2))[0]
+    step(), half()
+    times = [(seconds(step), seconds(half), matrix_rate()) for _ in range(3 * ROUNDS)]
     with FlopCounterMode(display=False) as counter:
         step()
-    gflop = counter.get_total_flops() / 1e9
-    return {"step_s": statistics.median(times), "gflop_a_step": gflop, "matrix_product_gflop_s": statistics.median(rates),
-            "share_of_it": gflop / statistics.median(times) / statistics.median(rates)}
+    gflop, (whole, halved, rate) = counter.get_total_flops() / 1e9, map(statistics.median, zip(*times))
+    return {"step_s": whole, "half_the_answers_s": halved, "ratio": statistics.median(a / b for a, b, _ in times), "gflop_a_step": gflop,
+            "matrix_product_gflop_s": rate, "share_of_it": gflop / whole / rate}
+
+
+def bench_run():
+    """What is neither play, score, update nor a checkpoint is the record."""
+    spent = Counter()
+
+    def clocked(function):
+        def call(*args, **more):
+            began = time.perf_counter()
+            try:
+                return function(*args, **more)
+            finally:
+                spent[function.__name__] += time.perf_counter() - began
+        return call
+    with contextlib.ExitStack() as stack:
+        for owner, name in [(selfplay, name) for name in ("play", "score", "update", "train")] + [(evaluate.Run, "checkpoint")]:
+            stack.enter_context(mock.patch.object(owner, name, clocked(getattr(owner, name))))
+        stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        selfplay.main(["--model", str(ROOT / "tiny"), "--steps", "100", "--eval-items", "1", "--device", "cpu"])
+    record = spent["train"] - sum(spent[name] for name in ("play", "score", "update", "checkpoint"))
+    return {"seconds": spent["train"], "record": record / spent["train"], "checkpoints": spent["checkpoint"] / spent["train"]}
 
 
 def main():
@@ -171,9 +190,9 @@ def main():
     queries = [language.draw(rng) for _ in range(32)]
     prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
     result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-              "lsp_step": bench_lsp(*fresh()), "generate": bench_generate(model, prompts), "grpo_step": bench_grpo(*fresh(), queries),
+              "lsp_step": bench_lsp(), "run": bench_run(), "generate": bench_generate(model, prompts), "grpo_step": bench_grpo(queries),
               "spin_update": bench_spin(*fresh())}
-    print(json.dumps({k: {n: round(x, 3) for n, x in v.items()} if isinstance(v, dict) else v for k, v in result.items()}, indent=2))
+    print(json.dumps({k: {n: round(x, 4) for n, x in v.items()} if isinstance(v, dict) else v for k, v in result.items()}, indent=2))
 
 
 if __name__ == "__main__":

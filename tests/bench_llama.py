@@ -9,7 +9,6 @@ The models are written to a temporary folder with the sizes of their published c
 default's (the ids that it lacks decode to nothing), or --tokenizer's.
 """
 import argparse
-import copy
 import json
 import os
 import resource
@@ -28,7 +27,6 @@ import torch  # noqa: E402
 
 import model as llama  # noqa: E402
 import selfplay  # noqa: E402
-from rewards import QualityReward, RewardModel  # noqa: E402
 
 LLAMA3 = {"rope_theta": 500000.0, "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "tie_word_embeddings": True,
           "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}}
@@ -102,33 +100,21 @@ def bench_decode(folder, device, dtype, rows, new, rounds):
 
 
 def bench_step(folder, reward, flags, rounds):
-    """A whole step, as selfplay.main plays it, and its peak memory."""
+    """A whole step, as selfplay.py plays it, and its peak memory."""
     args = selfplay.parse_args(["--model", str(folder), "--reward", str(reward), *flags])
-    device, dtype = args.device, llama.DTYPES[args.dtype]
-    config = llama.read_config(folder)
-    plan = llama.memory_plan(config, dtype, 2, args.queries * args.answers, args.query_tokens + args.answer_tokens + 64, args.micro_batch, args.recompute,
-                             frozen=[config, llama.read_config(reward)], offloaded=args.offload)
-    cuda = torch.device(device).type == "cuda"
+    device, cuda = args.device, torch.device(args.device).type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    model, tokenizer = llama.load(folder, device, dtype)
-    model.recompute = args.recompute
-    reference = copy.deepcopy(model).requires_grad_(False)
-    referee = RewardModel(reward, device, dtype)
-    if args.offload:
-        llama.offload(reference), llama.offload(referee.model)
-    judge = QualityReward(reference, tokenizer)
-    optimizer = llama.optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0, fused=True)
-    generator, prompt = torch.Generator(device).manual_seed(0), selfplay.challenger_prompt(tokenizer)
+    game = selfplay.set_up(args, device)
 
     def step():
-        queries, answers, challenger, solver = selfplay.play(model, tokenizer, prompt, None, args, generator)
-        _, _, a_sol, a_ch = selfplay.score(queries, answers, referee, judge, args)
-        selfplay.update(model, reference, optimizer, selfplay.sides(solver, challenger, a_sol, a_ch, args), args)
+        queries, answers, challenger, solver = selfplay.play(game.model, game.tokenizer, game.prompt, game.draw, args, game.generator)
+        _, _, a_sol, a_ch = selfplay.score(queries, answers, game.referee, game.judge, args)
+        selfplay.update(game.model, game.reference, game.optimizer, selfplay.sides(solver, challenger, a_sol, a_ch, args), args)
     result = {"queries": args.queries, "answers": args.answers, "answer_tokens": args.answer_tokens, "dtype": args.dtype, "step_s": seconds(step, device, rounds)}
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return result | {"peak_gib": peak / 2**30, "peak_above_start_gib": (peak - (0 if cuda else resident)) / 2**30, "foretold_gib": llama.most_memory(plan) / 2**30}
+    return result | {"peak_gib": peak / 2**30, "peak_above_start_gib": (peak - (0 if cuda else resident)) / 2**30, "foretold_gib": llama.most_memory(selfplay.plan(args)) / 2**30}
 
 
 def main():

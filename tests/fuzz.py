@@ -21,6 +21,7 @@ import torch  # noqa: E402
 
 import evaluate  # noqa: E402
 import model as llama  # noqa: E402
+import selfplay  # noqa: E402
 
 SECONDS, MEMORY = 5, 4 * 2**30
 llama.TEMPLATE_SECONDS = 1  # a template may take longer elsewhere; here a hundred hostile ones wait their turn
@@ -46,7 +47,7 @@ def weights(folder):
 READERS = {"config.json": lambda folder: llama.load(folder), "generation_config.json": weights, "model.safetensors": weights, "model.safetensors.index.json": weights,
            "tokenizer.json": chat, "tokenizer_config.json": chat, "data.jsonl": lambda folder: evaluate.read_data(folder / "data.jsonl"),
            "instructions.json": lambda folder: evaluate.read_instructions(folder / "instructions.json"), "metrics.jsonl": lambda folder: evaluate.read_metrics(folder),
-           "settings.json": lambda folder: evaluate.resumed(folder, ("lsp",), argparse.Namespace()), evaluate.CHECKPOINT: state}
+           "games.jsonl": lambda folder: evaluate.read_games(folder), "settings.json": lambda folder: selfplay.parse_args(["--resume", str(folder)]), evaluate.CHECKPOINT: state}
 
 
 def whole(folder):
@@ -65,6 +66,7 @@ def whole(folder):
                                        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}]}\n')
     (folder / "instructions.json").write_text('[{"instruction": "a", "dataset": "b"}, {"instruction": "c"}]')
     (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.25}\n')
+    (folder / "games.jsonl").write_text('{"step": 1, "games": [{"query": "q", "valid": true, "challenger_advantage": 0.1, "answers": []}]}\n' * 3)
     (folder / "settings.json").write_text(json.dumps({"game": "lsp", "lr": 0.1, "torch": "2"}))
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
     llama.save_state(folder / evaluate.CHECKPOINT, optimizer, torch.Generator(), {"step": 1})

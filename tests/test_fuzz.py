@@ -40,7 +40,7 @@ def test_time_limits_nest():
         for _ in range(50):
             try:
                 time.sleep(0.1)
-            except Exception:
+            except Exception:  # as a reward of somebody's own might: it must not swallow the limit
                 pass
     with pytest.raises(llama.UserError, match="outer"), llama.time_limit(0.3, "outer"):
         with llama.time_limit(5, "inner"):

@@ -198,7 +198,7 @@ def test_two_processes_never_play_one_run(cut, tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [(("--resume", "nowhere"), "no run's folder"), (("--resume", "runs/cut", "--lr", "1"), "leave all other flags out"),
-                                         (("--steps", "9", "--resume=runs/cut"), "leave all other flags out")])
+                                         (("--steps", "9", "--resume=runs/cut"), "leave all other flags out"), (("--explain", "--resume=runs/cut"), "leave all other flags out")])
 def test_resume_refuses_in_one_line(cut, tmp_path, flags, says):
     done = command(selfplay, tmp_path, *flags)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
@@ -222,7 +222,7 @@ def hangs(queries, answers): time.sleep(60)
 def swallows(queries, answers):
     for _ in range(100):
         try: time.sleep(0.1)
-        except Exception: pass
+        except Exception: pass  # as somebody's own code may: it must not swallow the time limit
     return [[0.0] * len(group) for group in answers]
 def two_lines(queries, answers): raise ValueError("one\\ntwo")
 def nan(queries, answers): return [[float("nan")] * len(group) for group in answers]
