@@ -874,7 +874,13 @@ class Tokenizer:
     def encode(self, text):
         """Ids of plain text: nothing in it becomes a special token, nothing is put before or after it."""
         self.text.encode_special_tokens = True
-        return self.text.encode(text, add_special_tokens=False).ids
+        return self._encode(text)
+
+    def _encode(self, text):
+        try:
+            return self.text.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the tokenizers library raises nothing more specific
+            raise UserError(f"the tokenizer cannot take {text[:40]!r} ({one_line(error)})") from None
 
     def decode(self, ids):
         """Text of ids, special tokens left out."""
@@ -890,7 +896,7 @@ class Tokenizer:
         text = self._render(messages=safe, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.names)
         if self.MARK not in text:  # nobody's text spells a special token
             self.text.encode_special_tokens = False
-            return self.text.encode(text, add_special_tokens=False).ids
+            return self._encode(text)
         ids = []
         for i, part in enumerate(self._split.split(text)):  # text, special, text, special, ..
             ids += [self.special[part]] if i % 2 else self.encode(part.replace(self.MARK, "")) if part else []

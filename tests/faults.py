@@ -24,6 +24,18 @@ def start(folder, game, *flags):
     return subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def await_moment(process, metrics, startup, rng):
+    """Wait for a random moment: one in four lies before the run's next update, the others in the second after it. Was the process still there then?"""
+    size_now = lambda: metrics.stat().st_size if metrics.is_file() else 0
+    until, size = time.time() + startup * rng.random() if rng.random() < 0.25 else None, size_now()
+    while process.poll() is None and (until is None or time.time() < until):
+        if until is None and size_now() > size:
+            until = time.time() + rng.random()
+        size = min(size, size_now())  # a run that goes on first cuts off what came after its checkpoint
+        time.sleep(0.002)
+    return process.poll() is None
+
+
 def left(run):
     timeless = lambda line: {k: v for k, v in json.loads(line).items() if k != "seconds"}
     return ({path.parent.name: path.read_bytes() for path in run.glob("*/model.safetensors")}, (run / "games.jsonl").read_text(),
@@ -45,24 +57,23 @@ def main():
             time.sleep(0.01)
         startup = time.time() - began  # seconds until the first step is there
         assert process.wait() == 0, process.stderr.read()
-        kills, anew, last = 0, 0, ""
+        kills, anew = 0, 0
         while True:
             resume = any(cut.glob("checkpoint.safetensors*"))
             if not resume and cut.exists():  # killed before its first checkpoint: there is nothing to go on with
                 shutil.rmtree(cut)
                 anew += 1
             process = start(folder, args.game, *(["--resume", "runs/cut"] if resume else [length, "--run", "cut"]))
-            try:
-                _, errors = process.communicate(timeout=startup * rng.uniform(0.7, 1.3) if kills < args.kills else None)
-                assert process.returncode == 0, errors
-                break
-            except subprocess.TimeoutExpired:
+            if kills < args.kills and await_moment(process, cut / "metrics.jsonl", startup, rng):
                 process.kill()
                 process.wait()
                 kills += 1
                 lines = (cut / "metrics.jsonl").read_text().splitlines() if (cut / "metrics.jsonl").is_file() else []
-                last = lines[-1][:14] if lines else ""
-                print(f"kill {kills}: {last}", file=sys.stderr)
+                print(f"kill {kills}: {len(lines)} updates, {'the last one cut off' if lines and not lines[-1].endswith('}') else 'all whole'}", file=sys.stderr)
+            else:
+                _, errors = process.communicate()
+                assert process.returncode == 0, errors
+                break
         print(json.dumps({"game": args.game, "kills": kills, "begun anew, killed before the first checkpoint": anew, "updates": len(left(cut)[2]),
                           "the same bits": left(cut) == left(whole), "minutes": round((time.time() - began) / 60, 1)}, indent=2))
         return left(cut) != left(whole)
