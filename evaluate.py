@@ -514,8 +514,16 @@ def iterates(folder):
 
 
 def is_real(name):
-    """Is a model there that does not speak the embedded language? The games then have the papers' prompts and settings."""
-    return (Path(name).is_dir() or is_hub_name(name)) and not language.spoken_by(model_folder(name))
+    """Is a model there that does not speak the embedded language? The games then have the papers' prompts and settings.
+
+    Raises UserError for a folder that is no model's.
+    """
+    if is_hub_name(name):
+        return True
+    folder = Path(model_folder(name))
+    if folder.is_dir():
+        read_json(folder / "config.json")
+    return folder.is_dir() and not language.spoken_by(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -936,7 +944,10 @@ def reproduce(argv):
         parser.set_defaults(seeds=1, steps=40, out="reproduce-quick")
     args = parser.parse_args(argv)
     seeds, start, out, commands = range(args.seeds), Path(__file__).resolve().parent / "tiny", Path(args.out).resolve(), method_commands(args.steps)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror})") from None
     weights = hashlib.sha256((start / "model.safetensors").read_bytes()).hexdigest()[:16]
     settings = {"commands": {m: list(c) for m, c in commands.items()}, "held_out": HELD_OUT, "items": ITEMS, "weights": weights}
     if (out / "settings.json").is_file() and json.loads((out / "settings.json").read_text()) != settings:

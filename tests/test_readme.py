@@ -1,0 +1,21 @@
+"""What the README says that bad input says."""
+import re
+
+import pytest
+from conftest import ROOT, command
+
+import evaluate
+import selfplay
+import spin
+
+TABLE = re.search(r"What bad input says.*?\n\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+LINES = [re.fullmatch(r"    python (\w+)\.py (.*?)  +(.*)", line).groups() for line in TABLE.splitlines()]
+
+
+@pytest.mark.parametrize("module, flags, says", LINES, ids=[flags for _, flags, _ in LINES])
+def test_bad_input_says_what_the_readme_says(module, flags, says):
+    before = sorted(ROOT.iterdir())
+    done = command({"selfplay": selfplay, "spin": spin, "evaluate": evaluate}[module], ROOT, *flags.split())
+    figures = lambda text: re.sub(r"\d+\.\d+", "#", text)  # how much memory there is differs
+    assert done.returncode == 2 and f"error: {figures(says)}" in figures(done.stderr.splitlines()[-1])
+    assert sorted(ROOT.iterdir()) == before
