@@ -124,6 +124,8 @@ def fuzz(inputs, seed, keep=None):
         whole(folder)
         originals = {name: (folder / name).read_bytes() for name in READERS}
         for i in range(inputs):
+            if i % 10000 == 0 and i:
+                print(f"{i} inputs, {len(failures)} failures", file=sys.stderr)
             name = list(READERS)[i % len(READERS)]
             data = broken(originals[name], name, rng)
             (folder / name).write_bytes(data)

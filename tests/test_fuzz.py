@@ -18,7 +18,8 @@ def test_no_broken_file_is_more_than_one_line():
 
 TEMPLATES = {"hangs": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
              "floods": "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endfor %}",
-             "reaches out": "{{ messages.__class__.__mro__ }}", "deep": "{{ " + "(" * 5000 + ")" * 5000 + " }}"}
+             "reaches out": "{{ messages.__class__.__mro__ }}", "deep": "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+             "no text": "\ud800 {{ messages }}"}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -27,7 +28,7 @@ def test_a_hostile_template(name, tmp_path, monkeypatch):
     monkeypatch.setattr(llama, "TEMPLATE_SECONDS", 0.5)
     (tmp_path / "tokenizer.json").write_bytes((ROOT / "tiny" / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[name]}))
-    says = {"hangs": "took longer", "floods": "took longer|without end", "reaches out": "unsafe|access", "deep": "does not compile"}[name]
+    says = {"hangs": "took longer", "floods": "took longer|without end", "reaches out": "unsafe|access", "deep": "does not compile", "no text": "cannot take"}[name]
     with pytest.raises(llama.UserError, match=says):
         llama.Tokenizer(tmp_path).chat([{"role": "user", "content": "hello"}])
 
@@ -42,6 +43,12 @@ def test_time_limits_nest():
                 time.sleep(0.1)
             except Exception:  # as a reward of somebody's own might: it must not swallow the limit
                 pass
+    with pytest.raises(llama.UserError, match="again"), llama.time_limit(0.1, "again"):
+        try:
+            time.sleep(5)
+        except BaseException:  # the worst that somebody's code can do: the limit comes back a second later
+            pass
+        time.sleep(5)
     with pytest.raises(llama.UserError, match="outer"), llama.time_limit(0.3, "outer"):
         with llama.time_limit(5, "inner"):
             pass

@@ -61,6 +61,7 @@ def whole(tmp_path_factory):
         if game not in played:
             done = command(module, folder, *COMMON, *flags, "--run", game)
             assert done.returncode == 0, done.stderr
+            (folder / "runs" / game / "said.txt").write_text(done.stdout)
             played.add(game)
         return folder / "runs" / game
     return run
@@ -78,6 +79,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(game, whole, tmp_path, monkeypatc
     done = command(module, tmp_path, "--resume", "runs/cut")
     assert done.returncode == 0 and " on from " in done.stdout, done.stderr
     assert left(cut) == left(whole(game))
+    changes = lambda text: [line for line in text.splitlines() if line.startswith("loss of all pairs")]  # SPIN's, of an iteration from its first update on
+    assert changes(done.stdout) == changes((whole(game) / "said.txt").read_text())[-len(changes(done.stdout)) or None:]
     assert not list(cut.glob("checkpoint*"))  # at its end, a run has nothing to go on with
     done = command(module, tmp_path, "--resume", "runs/cut")
     assert done.returncode == 2 and "no checkpoint" in done.stderr

@@ -295,6 +295,15 @@ def test_the_last_iteration_s_pairs_are_mixed_in(played):
     assert [rows.count(i) for i in range(3)] == [3, 5, 5] and "80 pairs, 40 of them new" in out
 
 
+def test_what_each_iteration_is_played_with():
+    """New pairs each, round and round the data; the paper's schedule: a lower rate from iteration 2 on, a larger lambda in the last of several."""
+    game = spin.Game(None, None, list("abcde"), None, None, None, None, None)
+    args = spin.parse_args(["--device", "cpu", "--pairs", "3", "--iterations", "4", "--lam", "1", "--lam-last", "2", "--lr", "0.3", "--lr-late", "0.1"])
+    assert [spin.choose(game, args, t) for t in range(4)] == [([0, 1, 2], 1, 0.3), ([3, 4, 0], 1, 0.3), ([1, 2, 3], 1, 0.1), ([4, 0, 1], 2, 0.1)]
+    args.iterations = 1
+    assert spin.choose(game, args, 0)[1] == 1
+
+
 def test_the_lesson_is_a_real_pair(played):
     """--explain: the margin is lambda times the difference of the printed sums, the loss follows from it, and training widens it."""
     folder, _ = played
