@@ -927,7 +927,6 @@ class Tokenizer:
         return ends[0]
 
     def _disarm(self, text):
-        text = text.replace(self.MARK, "")
         return self._split.sub(lambda m: m[0][0] + self.MARK + m[0][1:], text) if self._split else text
 
 
