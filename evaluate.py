@@ -246,7 +246,7 @@ def resumed(parser, argv, games):
 class Run:
     """A run that is being played: its folder, what it has written so far, and the checkpoint that it goes on from.
 
-    folder: Path. facts: where it stands, as the last checkpoint says. tensors: that checkpoint's; None in a new run. metrics, games:
+    folder: Path. facts: where it stands, as the last checkpoint says. tensors: that checkpoint's; None in a new run, and once restored. metrics, games:
     the two .jsonl files, open for writing. Of several processes the first alone writes; the others' files lead nowhere.
     """
 
@@ -300,6 +300,7 @@ def open_run(args, start, crew=Crew(), **facts):
         if hasattr(args, "resume") and crew.rank:
             tensors = read_state(folder / CHECKPOINT)[1]
         run = Run(folder, facts, tensors, args.save_every, crew)
+        del tensors  # `restore` lets go of the last of them
         files.push(run.metrics)
         files.push(run.games)
         yield run
@@ -394,7 +395,8 @@ def stop_asked():
 def show_run(folder):
     """Draw a finished run's curves, and say where to look."""
     if draw([folder], folder / "curves.png"):
-        print(f"look at it: {folder / 'curves.png'}; every game: {folder / 'games.jsonl'}; as a page: python evaluate.py report {folder}")
+        games = f"every game: {folder / 'games.jsonl'}; " if (folder / "games.jsonl").stat().st_size else ""  # plain fine-tuning has none
+        print(f"look at it: {folder / 'curves.png'}; {games}as a page: python evaluate.py report {folder}")
 
 
 def read_metrics(run):
@@ -710,7 +712,7 @@ def method_commands(steps):
     """{method: (command line of its game, the method whose model it starts from or None)}, all with as many games a step."""
     lsp, zero, grpo = (f"selfplay.py --game {game} --steps {steps}" for game in ("lsp", "lsp-zero", "grpo"))
     long = f"--steps {3 * steps} --alpha-ch {EAGER}"
-    pairs = 10 * steps
+    pairs = 50 * steps // 3  # 300 steps: 5,000, as spin.py's default
     return {"GRPO on data": (grpo, None), "LSP-Zero": (zero, None), "LSP": (lsp, None),
             "GRPO, then LSP": (lsp, "GRPO on data"), "LSP, then GRPO": (grpo, "LSP"),
             **{f"LSP paid {pay}": (f"{lsp} --pay {pay}", None) for pay in ("r-zero", "absolute-zero", "sqlm", "spice")},
@@ -936,7 +938,7 @@ def reproduce(argv):
     from tqdm import tqdm
     parser = argparse.ArgumentParser(prog="evaluate.py reproduce", description=reproduce.__doc__.split(": ")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("--seeds", type=number(int), default=3, help="runs of each method")
-    parser.add_argument("--steps", type=number(int), default=300, help="of each game of LSP and GRPO; SPIN has ten times as many pairs an iteration")
+    parser.add_argument("--steps", type=number(int), default=300, help="of each game of LSP and GRPO; SPIN's pairs an iteration go with them, 5000 for 300")
     parser.add_argument("--quick", action="store_true", help="one seed and 40 steps unless told, in reproduce-quick: the whole way in a few minutes, no figures to believe")
     parser.add_argument("--out", default="reproduce", help="folder of all runs; what is finished in it is kept, so that the same command goes on")
     parser.add_argument("--jobs", type=number(int), default=os.cpu_count(), help="runs at once, one thread each")

@@ -486,7 +486,7 @@ def states(model, packed, prefix=None):
         mask = F.pad(mask, (prefix.length, 0), value=True)  # [B, T, S]
         positions = positions + prefix.length
     hidden = model(packed.ids, positions, mask[:, None], cache)  # [B, T, D]
-    return hidden.flatten(0, 1)[packed.source]
+    return hidden.flatten(0, 1).index_select(0, packed.source)  # indexing with [..] would sum its gradient in no fixed order
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -927,6 +927,7 @@ class Tokenizer:
         return ends[0]
 
     def _disarm(self, text):
+        text = text.replace(self.MARK, "")  # a mark of the user's own would break up nothing
         return self._split.sub(lambda m: m[0][0] + self.MARK + m[0][1:], text) if self._split else text
 
 

@@ -348,7 +348,7 @@ def explain(game, args):
 
     A few steps are played before it, unseen: at the very start policy and reference are the same, and every KL is 0.
     """
-    model, reference, tokenizer, optimizer = game[:4]
+    model, reference, tokenizer, optimizer = game.model, game.reference, game.tokenizer, game.optimizer
     set_rate(optimizer, args.lr)  # no rising: a step should show
     for lesson in [False] * 5 + [True]:
         queries, answers, challenger, solver = play(model, tokenizer, game.prompt, game.draw, args, game.generator)

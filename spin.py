@@ -72,7 +72,7 @@ class Iteration(NamedTuple):
     """What the player learns from in one iteration."""
     number: int
     before: int  # updates that earlier iterations made
-    rng: tuple  # state of the game's rng when this one begins: a run that goes on shuffles as before
+    rng_state: tuple  # of the game's rng when this one begins: a run that goes on shuffles as before
     chosen: list  # which of the data its own pairs are of
     pairs: list  # M Pairs: the last iteration's, and then its own
     ref: torch.Tensor  # [M, 2]: their log-probabilities under p_t; None in sft
@@ -186,13 +186,13 @@ def sft_gradients(player, pairs, args):
     return {"loss": total, "logprob_answer": -total * tokens / len(pairs)}
 
 
-def train(player, pairs, ref, lam, lr, optimizer, args, rng, begin=0):
+def train(player, pairs, ref, lam, lr, optimizer, args, rng, done=0):
     """Train the player for args.epochs over the pairs, ref [M, 2] (None for sft): yields each update's figures.
 
-    The learning rate rises to lr over the first tenth and then falls to 0, as in the paper. begin: updates that were made before.
+    The learning rate rises to lr over the first tenth and then falls to 0, as in the paper. done: updates that were made before.
     """
     batches = [batch for _ in range(args.epochs) for batch in groups(rng.sample(range(len(pairs)), len(pairs)), args.batch)]
-    for i, batch in list(enumerate(batches))[begin:]:
+    for i, batch in list(enumerate(batches))[done:]:
         began, chosen = time.perf_counter(), [pairs[j] for j in batch]
         set_rate(optimizer, lr * min((i + 1) / (0.1 * len(batches)), (len(batches) - i) / (0.9 * len(batches)), 1.0))
         row = sft_gradients(player, chosen, args) if ref is None else spin_gradients(player, chosen, ref[batch], lam, args)
@@ -217,11 +217,13 @@ def identical_line(pairs, lam, loss):
     return f"in {100 * share:.1f} % of the new pairs the opponent says what people say: they teach nothing (loss {constant:.3f}, whatever the player); lambda {lam:g}"
 
 
-def change_line(rows):
-    """What an iteration changed: its first update's figures, and the mean of its last tenth."""
-    end = rows[-max(1, len(rows) // 10):]
+def change_line(folder, iteration):
+    """What an iteration changed, by the run's metrics.jsonl: its first update's figures, and the mean of its last tenth."""
+    figures = evaluate.read_metrics(folder)
+    own = [i for i, t in enumerate(figures["iteration"]) if t == iteration]
+    end = own[-max(1, len(own) // 10):]
     names = {"loss": "loss of all pairs", "margin": "of differing ones: margin", "logprob_answer": "log p of people's answers", "logprob_rival": "of the opponent's"}
-    return "  ".join(f"{name} {rows[0][k]:.3f} -> {sum(r[k] for r in end) / len(end):.3f}" for k, name in names.items() if k in rows[0])
+    return "  ".join(f"{name} {figures[k][own[0]]:.3f} -> {sum(figures[k][i] for i in end) / len(end):.3f}" for k, name in names.items() if k in figures and own)
 
 
 def game_records(game, it):
@@ -372,7 +374,7 @@ def begin(game, args, t, last, before):
 
 def checkpoint(run, game, it, optimizer, update, rates):
     """Write down where a run stands, after so many updates of an iteration: with what p_t said, and the scores so far."""
-    facts = {"iteration": it.number, "done": it.before, "update": update, "rng": it.rng, "rates": list(rates)}
+    facts = {"iteration": it.number, "done": it.before, "update": update, "rng": it.rng_state, "rates": list(rates)}
     tensors = {"rivals": torch.tensor([i for p in it.pairs for i in p.rival], dtype=torch.int32), "lengths": torch.tensor([len(p.rival) for p in it.pairs])}
     tensors |= {} if it.ref is None else {"ref": it.ref}
     tensors |= {f"rate.{name}.{key}": value for name, both in rates.items() for key, value in both.items()}
@@ -380,47 +382,45 @@ def checkpoint(run, game, it, optimizer, update, rates):
 
 
 def go_on(run, game, args, optimizer):
-    """What `checkpoint` wrote: (the Iteration, the figures of its updates so far, the scores). Player, optimizer and generators are as they were."""
+    """What `checkpoint` wrote: (the Iteration, how many updates it had, the scores). Player, optimizer and generators are as they were."""
     tensors, facts = run.restore(game.player, optimizer, game.generator, game.rng), run.facts
-    t, update = facts["iteration"], facts["update"]
+    t = facts["iteration"]
     chosen, lam, lr = choose(game, args, t)
     both = (choose(game, args, t - 1)[0] if t else []) + chosen
     rivals = tensors["rivals"].split(tensors["lengths"].tolist())
     pairs = [Pair(game.prompts[i], game.answers[i], rival.tolist()) for i, rival in zip(both, rivals)]
     ref = tensors["ref"].to(args.device) if "ref" in tensors else None
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines[len(lines) - update:]]
     rates = {name: {key: tensors[f"rate.{name}.{key}"] for key in ("sampled", "greedy")} for name in facts["rates"]}
-    return Iteration(t, facts["done"], game.rng.getstate(), chosen, pairs, ref, lam, lr), rows, rates
+    return Iteration(t, facts["done"], game.rng.getstate(), chosen, pairs, ref, lam, lr), facts["update"], rates
 
 
-def play_iteration(run, game, it, optimizer, args, rows, rates, began, stop):
-    """The updates of an iteration, but for those whose figures are in `rows` already, and the record of them.
+def play_iteration(run, game, it, optimizer, args, update, rates, began, stop):
+    """The updates of an iteration from number `update` on, and the record of them; began: when the iteration did.
 
-    Returns all rows, and whether the iteration is at its end: no longer so once `stop` is not empty. began: when it began.
+    Returns how many it has then, and whether that is all: a `stop` that is not empty ends it early, with a checkpoint.
     """
     updates, spent = args.epochs * math.ceil(len(it.pairs) / args.batch), time.perf_counter() - began
-    with tqdm(total=updates, initial=len(rows), unit="update", disable=None, dynamic_ncols=True) as bar:
-        training = train(game.player, it.pairs, it.ref, it.lam, it.lr, optimizer, args, game.rng, len(rows))
-        while len(rows) < updates and not stop:
+    with tqdm(total=updates, initial=update, unit="update", disable=None, dynamic_ncols=True) as bar:
+        training = train(game.player, it.pairs, it.ref, it.lam, it.lr, optimizer, args, game.rng, update)
+        while update < updates and not stop:
             try:
                 row = next(training)
             except FloatingPointError as error:
-                raise UserError(f"iteration {it.number}, update {len(rows) + 1}: {error}; it was not made; try a smaller --lr in a new run") from None
-            if not rows:  # the first update bears what the opponent did before it
+                raise UserError(f"iteration {it.number}, update {update + 1}: {error}; it was not made; try a smaller --lr in a new run") from None
+            if not update:  # the first update bears what the opponent did before it
                 row |= {"tokens": sum(len(p.rival) for p in it.pairs[-len(it.chosen):]), "seconds": row["seconds"] + spent}
-            rows.append(row)
-            run.metrics.write(json.dumps({"step": it.before + len(rows), "iteration": it.number, "tokens": 0} | row) + "\n")
+            update += 1
+            run.metrics.write(json.dumps({"step": it.before + update, "iteration": it.number, "tokens": 0} | row) + "\n")
             bar.update()
             bar.set_postfix_str("  ".join(f"{k} {row[k]:.3f}" for k in ("loss", "margin") if k in row))
-            if run.due(len(rows)) and len(rows) < updates:
-                checkpoint(run, game, it, optimizer, len(rows), rates)
-    if len(rows) < updates:
-        checkpoint(run, game, it, optimizer, len(rows), rates)
-    return rows, len(rows) == updates
+            if run.due(update) and update < updates:
+                checkpoint(run, game, it, optimizer, update, rates)
+    if update < updates:
+        checkpoint(run, game, it, optimizer, update, rates)
+    return update, update == updates
 
 
-def rate(game, args, rates, name):
+def add_score(game, args, rates, name):
     """Add the player's score by this name; the scoreboard speaks of the embedded language."""
     if not hasattr(args, "data"):
         queries = language.evaluation_set(args.eval_items)
@@ -442,7 +442,7 @@ def main(argv=None):
     args = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("this game is for one process: start it without torchrun")
-    game, spin = set_up(args), args.game == "spin"
+    game, against = set_up(args), args.game == "spin"  # sft has no opponent
     if args.explain:
         return explain(game, args)
     with evaluate.open_run(args, game.start, iteration=0, done=0, update=0) as run:
@@ -450,38 +450,38 @@ def main(argv=None):
         print(f"{args.game} on {args.model}: {sum(p.numel() for p in game.player.parameters()):,} parameters, {len(game.data):,} answers "
               f"{'from ' + args.data if hasattr(args, 'data') else 'to instructions of its fine-tuning set, without the hasty ones'}, seed {args.seed}, "
               + (f"on from update {first} of {run.folder}" if run.tensors else f"into {run.folder}"))
-        if spin:
+        if against:
             print("the first loss of an iteration is log 2 = 0.693: the player still is its opponent. Both log-probabilities may fall,\n"
                   "of people's answers too; that is normal: only the margin between them is trained")
         rates, last, finished, began = {}, [], False, time.perf_counter()
         if not run.tensors:
-            rate(game, args, rates, "start")
+            add_score(game, args, rates, "start")
         with evaluate.stop_asked() as stop:
             for t in range(run.facts["iteration"], args.iterations):
-                iteration_began, rows = time.perf_counter(), []
+                iteration_began, update = time.perf_counter(), 0
                 optimizer = rmsprop(game.player, choose(game, args, t)[2])
                 if run.tensors:  # within this iteration
-                    it, rows, rates = go_on(run, game, args, optimizer)
+                    it, update, rates = go_on(run, game, args, optimizer)
                 else:
                     it = begin(game, args, t, last, done)
-                    if spin:
+                    if against:
                         run.games.write(json.dumps({"step": done, "games": game_records(game, it)}) + "\n")
                     checkpoint(run, game, it, optimizer, 0, rates)
                 last = it.pairs[-len(it.chosen):]
                 print(f"\niteration {t}: {len(it.pairs):,} pairs, {len(last):,} of them new; learning rate {it.lr:g}")
-                if spin:
+                if against:
                     print(identical_line(last, it.lam, args.loss))
-                rows, whole = play_iteration(run, game, it, optimizer, args, rows, rates, iteration_began, stop)
-                done, unfinished = it.before + len(rows), run.folder / f"iteration-{t}-unfinished"
+                update, whole = play_iteration(run, game, it, optimizer, args, update, rates, iteration_began, stop)
+                done, unfinished = it.before + update, run.folder / f"iteration-{t}-unfinished"
                 if not whole:
                     save(game.player, unfinished)
                     print(f"stopped in iteration {t}; the player as it is: {unfinished}; python spin.py --resume {run.folder} goes on")
                     break
                 save(game.player, run.folder / f"iteration-{t}")
-                print(change_line(rows))
-                if spin:
+                print(change_line(run.folder, t))
+                if against:
                     show_pair(game, it, args)
-                rate(game, args, rates, f"iteration {t}")
+                add_score(game, args, rates, f"iteration {t}")
                 shutil.rmtree(unfinished, ignore_errors=True)  # of a stop before
                 finished = t == args.iterations - 1
                 if stop and not finished:

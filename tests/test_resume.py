@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -198,6 +199,28 @@ def test_two_processes_never_play_one_run(cut, tmp_path):
         assert done.returncode == 2 and "another process" in done.stderr and (cut / evaluate.CHECKPOINT).read_bytes() == before
     held.close()
     assert command(selfplay, tmp_path, "--resume", "runs/cut").returncode == 0
+
+
+def test_a_checkpoint_is_let_go_of_once_it_is_restored(cut, tmp_path, monkeypatch):
+    """It is as large as the weights and the optimizer together."""
+    monkeypatch.chdir(tmp_path)
+    args = selfplay.parse_args(["--resume", "runs/cut"])
+    game = selfplay.set_up(args, "cpu")
+    with evaluate.open_run(args, game.start) as run:
+        weight = weakref.ref(run.tensors["weight.0"])
+        run.restore(game.model, game.optimizer, game.generator, game.rng)
+        assert weight() is None and run.facts["step"] == 4
+
+
+def test_spin_knows_its_place_without_its_log(tmp_path, whole, monkeypatch):
+    """The checkpoint says which update is next, not the lines of metrics.jsonl: after a power cut some may be missing."""
+    module, flags, (name, call) = GAMES["spin"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_in(patch, module, name, call)
+        command(module, tmp_path, *COMMON, *flags, "--run", "cut")
+    (tmp_path / "runs" / "cut" / "metrics.jsonl").write_text("")
+    done = command(module, tmp_path, "--resume", "runs/cut")
+    assert done.returncode == 0 and left(tmp_path / "runs" / "cut")[0] == left(whole("spin"))[0], done.stderr
 
 
 @pytest.mark.parametrize("flags, says", [(("--resume", "nowhere"), "no run's folder"), (("--resume", "runs/cut", "--lr", "1"), "leave all other flags out"),
