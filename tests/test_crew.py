@@ -14,7 +14,7 @@ import evaluate
 import model as llama
 import selfplay
 
-# One update on given games: every process is handed all of them and takes its share. It writes the losses and the weights after.
+# Two updates on given games, by two ways of adding up: every process is handed all games and takes its share. It writes the losses and the weights.
 UPDATE = """
 import copy, sys, torch
 sys.path.insert(0, {root!r})
@@ -23,28 +23,30 @@ import model as llama, selfplay
 from selfplay import Player
 
 crew, device = llama.join("cpu")
-args = selfplay.parse_args(["--model", {root!r} + "/tiny", "--queries", "8", "--answers", "4", "--kl", "0.1", "--micro-batch", "96", "--aggregate", {aggregate!r}])
-model, tokenizer = llama.load(args.model)
-reference = copy.deepcopy(model).requires_grad_(False)
-with torch.no_grad():
-    for p in reference.parameters():
-        p.mul_(1.01)
-prompt, whole = selfplay.challenger_prompt(tokenizer), torch.Generator().manual_seed(5)
-queries, answers, challenger, solver = selfplay.play(model, tokenizer, prompt, None, args, whole)  # by one process: all have the same games
-torch.manual_seed(0)
-reward = torch.rand(8, 4)
-if crew.size > 1:
-    llama.shard(model), llama.shard(reference)  # computing in float32, on the CPU
-optimizer = llama.optimizer_for(model, torch.optim.SGD, lr=0.1)
-mine = lambda player, n: Player(player.prompts if len(player.prompts) == 1 else crew.share(player.prompts),
-                                crew.share(player.completions) if len(player.prompts) > 1 else [crew.share(player.completions[0])], crew.share(player.finished))
-_, _, a_sol, a_ch = selfplay.score(crew.share(queries), crew.share(answers), lambda q, a: crew.share(reward), None, args, crew)
-players = selfplay.sides(mine(solver, 4), mine(challenger, 1), a_sol, a_ch, args)
-for _ in range(2):
-    report, norm = selfplay.update(model, reference, optimizer, players, args, crew)
-llama.save(model, sys.argv[1])
-if not crew.rank:
-    torch.save((report, norm), sys.argv[1] + "/report.pt")
+for aggregate in ("sum", "token"):
+    args = selfplay.parse_args(["--model", {root!r} + "/tiny", "--queries", "8", "--answers", "4", "--kl", "0.1", "--micro-batch", "96", "--aggregate", aggregate])
+    model, tokenizer = llama.load(args.model)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.01)
+    prompt, whole = selfplay.challenger_prompt(tokenizer), torch.Generator().manual_seed(5)
+    queries, answers, challenger, solver = selfplay.play(model, tokenizer, prompt, None, args, whole)  # by one process: all have the same games
+    torch.manual_seed(0)
+    reward = torch.rand(8, 4)
+    if crew.size > 1:
+        llama.shard(model), llama.shard(reference)  # computing in float32, on the CPU
+    optimizer = llama.optimizer_for(model, torch.optim.SGD, lr=0.1)
+    mine = lambda player, n: Player(player.prompts if len(player.prompts) == 1 else crew.share(player.prompts),
+                                    crew.share(player.completions) if len(player.prompts) > 1 else [crew.share(player.completions[0])], crew.share(player.finished))
+    _, _, a_sol, a_ch = selfplay.score(crew.share(queries), crew.share(answers), lambda q, a: crew.share(reward), None, args, crew)
+    players = selfplay.sides(mine(solver, 4), mine(challenger, 1), a_sol, a_ch, args)
+    for _ in range(2):
+        report, norm = selfplay.update(model, reference, optimizer, players, args, crew)
+    folder = f"{{crew.size}}-{{aggregate}}"
+    llama.save(model, folder)
+    if not crew.rank:
+        torch.save((report, norm), folder + "/report.pt")
 llama.leave(crew)
 """
 
@@ -55,25 +57,25 @@ def torchrun(processes, *words, cwd, **more):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
-@pytest.mark.parametrize("aggregate, numbers", [("sum", [2]), ("token", [2, 4])])
-def test_the_same_update_as_one_process(aggregate, numbers, tmp_path):
+def test_the_same_updates_as_one_process(tmp_path):
     """The same games, two updates: losses, KL, gradient norm and weights within 1e-5, by two and by four processes."""
-    (tmp_path / "update.py").write_text(UPDATE.format(root=str(ROOT), aggregate=aggregate))
-    one = subprocess.run([sys.executable, "update.py", "1"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    (tmp_path / "update.py").write_text(UPDATE.format(root=str(ROOT)))
+    one = subprocess.run([sys.executable, "update.py"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert one.returncode == 0, one.stderr
     before, _ = llama.load(ROOT / "tiny")
-    alone, _ = llama.load(tmp_path / "1")
-    report, norm = torch.load(tmp_path / "1" / "report.pt")
-    assert any((a - b).abs().max() > 1e-3 for a, b in zip(alone.parameters(), before.parameters()))
-    for processes in numbers:
-        many = torchrun(processes, "update.py", processes, cwd=tmp_path)
+    for processes in (2, 4):
+        many = torchrun(processes, "update.py", cwd=tmp_path)
         assert many.wait(120) == 0, many.stderr.read()
-        model, _ = llama.load(tmp_path / str(processes))
-        assert max((a - b).abs().max().item() for a, b in zip(alone.parameters(), model.parameters())) < 1e-5
-        theirs, their_norm = torch.load(tmp_path / str(processes) / "report.pt")
-        assert their_norm == pytest.approx(norm, rel=1e-4)
-        for name in report:
-            assert theirs[name] == pytest.approx(report[name], rel=1e-4, abs=1e-6)
+        for aggregate in ("sum", "token"):
+            alone, _ = llama.load(tmp_path / f"1-{aggregate}")
+            report, norm = torch.load(tmp_path / f"1-{aggregate}" / "report.pt")
+            assert any((a - b).abs().max() > 1e-3 for a, b in zip(alone.parameters(), before.parameters()))
+            model, _ = llama.load(tmp_path / f"{processes}-{aggregate}")
+            assert max((a - b).abs().max().item() for a, b in zip(alone.parameters(), model.parameters())) < 1e-5
+            theirs, their_norm = torch.load(tmp_path / f"{processes}-{aggregate}" / "report.pt")
+            assert their_norm == pytest.approx(norm, rel=1e-4)
+            for name in report:
+                assert theirs[name] == pytest.approx(report[name], rel=1e-4, abs=1e-6)
 
 
 FLAGS = ("--model", str(ROOT / "tiny"), "--device", "cpu", "--queries", "4", "--answers", "2", "--save-every", "2", "--eval-items", "4")
@@ -130,7 +132,7 @@ def test_one_that_dies_ends_the_run_with_its_reason(tmp_path):
     assert process.returncode and "the reward dies failed: ValueError: out of luck (mine.py, line 3)" in err and time.time() - began < 60
 
 
-def test_queries_that_cannot_be_shared_out_are_refused(tmp_path):
-    process = torchrun(2, ROOT / "selfplay.py", *FLAGS, "--queries", "3", cwd=tmp_path)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode and "share --queries out evenly" in err and not (tmp_path / "runs").exists()
+def test_queries_that_cannot_be_shared_out_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(selfplay, "join", lambda device: (llama.Crew(0, 2), device))
+    done = command(selfplay, tmp_path, *FLAGS, "--queries", "3")
+    assert done.returncode == 2 and "share --queries out evenly" in done.stderr and not (tmp_path / "runs").exists()

@@ -82,41 +82,41 @@ def hub(tmp_path):
     server.shutdown()
 
 
-def fetch(folder, endpoint, name, revision=None, **more):
-    code = f"import sys; from model import load, run_command; sys.exit(run_command(lambda: print(load({name!r}, revision={revision!r})[0].folder)))"
+def fetch(folder, endpoint, *models, **more):
+    """Load models (name, revision) one after the other in a process of its own, as a command would: its exit code is the last one's."""
+    code = f"import sys\nfrom model import load, run_command\nfor name, revision in {models!r}:\n    code = run_command(lambda: print(load(name, revision=revision)[0].folder))\nsys.exit(code)"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)} | more
     return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_a_hub_model_is_fetched_once_and_then_found_offline(tmp_path, hub):
-    done = fetch(tmp_path, hub, "org/tiny", "v1")
+    done = fetch(tmp_path, hub, ("org/tiny", "v1"))
     assert done.returncode == 0 and COMMIT in done.stdout, done.stderr
     assert {name for name, _ in Hub.seen} >= set(FILES)
     Hub.seen.clear()
-    again = fetch(tmp_path, "http://127.0.0.1:9", "org/tiny", COMMIT)
+    again = fetch(tmp_path, "http://127.0.0.1:9", ("org/tiny", COMMIT))
     assert again.returncode == 0 and again.stdout == done.stdout and not Hub.seen, again.stderr
 
 
 def test_a_download_that_broke_off_is_resumed(tmp_path, hub):
     weights = safetensors.torch.load(FILES["model.safetensors"]) | {"lm_head.weight": torch.zeros(6_000_000)}  # longer than the 10 MB that are written at once
     Hub.cut, Hub.files = {"model.safetensors"}, FILES | {"model.safetensors": safetensors.torch.save(weights)}
-    done = fetch(tmp_path, hub, "org/tiny")
+    done = fetch(tmp_path, hub, ("org/tiny", None))
     if done.returncode:  # the library may retry by itself, or leave that to the next command
         assert done.returncode == 2 and "Traceback" not in done.stderr
-        done = fetch(tmp_path, hub, "org/tiny")
+        done = fetch(tmp_path, hub, ("org/tiny", None))
     assert done.returncode == 0, done.stderr
     assert [start for name, start in Hub.seen if name == "model.safetensors"][-1] > 0  # from the middle on
 
 
-@pytest.mark.parametrize("name, revision, says", [
-    ("org/missing", None, "no such model on the hub"), ("org/gated", None, "accept their terms"), ("org/tiny", "v2", "no revision 'v2'")])
-def test_refusals_are_one_line(tmp_path, hub, name, revision, says):
-    done = fetch(tmp_path, hub, name, revision)
-    assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+def test_refusals_are_one_line(tmp_path, hub):
+    done = fetch(tmp_path, hub, ("org/missing", None), ("org/gated", None), ("org/tiny", "v2"))
+    missing, gated, revision = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "no such model on the hub" in missing and "accept their terms" in gated and "no revision 'v2'" in revision
 
 
 @pytest.mark.parametrize("more", [{}, {"HF_HUB_OFFLINE": "1"}])
 def test_no_network_says_to_name_a_folder(tmp_path, more):
-    done = fetch(tmp_path, "http://127.0.0.1:9", "org/tiny", **more)
+    done = fetch(tmp_path, "http://127.0.0.1:9", ("org/tiny", None), **more)
     assert done.returncode == 2 and "name a local folder" in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -220,8 +220,11 @@ def run(tmp_path, *flags, expect=0):
 
 @pytest.mark.parametrize("game", ["lsp", "lsp-zero", "grpo"])
 def test_two_steps_of_the_real_command(tmp_path, game):
-    done = subprocess.run([sys.executable, str(ROOT / "selfplay.py"), "--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "4", "--answers", "3",
-                           "--eval-items", "20", "--device", "cpu", "--game", game], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    words = ["--model", str(ROOT / "tiny"), "--steps", "2", "--queries", "4", "--answers", "3", "--eval-items", "20", "--device", "cpu", "--game", game]
+    if game == "lsp":  # once as a person types it, curves and all
+        done = subprocess.run([sys.executable, str(ROOT / "selfplay.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    else:
+        done = command(selfplay, tmp_path, *words)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / f"{game}-1"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -233,7 +236,7 @@ def test_two_steps_of_the_real_command(tmp_path, game):
     assert means == pytest.approx([row["reward"] for row in rows], abs=1e-3)
     assert ("quality" in rows[0]) == (game == "lsp") and ("loss_challenger" in rows[0]) == (game != "grpo")
     assert settings["game"] == game
-    assert (folder / "curves.png").stat().st_size > 10000 and "win rate" in done.stdout
+    assert "win rate" in done.stdout and (game != "lsp" or (folder / "curves.png").stat().st_size > 10000)
     trained, _ = load(folder / "model")
     start, _ = load(ROOT / "tiny")
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters()))
@@ -379,5 +382,5 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
 
 
 def test_help_names_every_default(tmp_path):
-    text = subprocess.run([sys.executable, str(ROOT / "selfplay.py"), "-h"], capture_output=True, text=True, timeout=60).stdout
+    text = command(selfplay, tmp_path, "-h").stdout
     assert text.count("(default:") == text.count("\n  --") - 2  # --run and --resume have none
