@@ -424,7 +424,7 @@ PANELS = {  # of a run's picture: name in metrics.jsonl -> title
     "reward": "reward", "quality": "quality (judge)", "valid": "well-formed queries", "spread": "groups with spread",
     "distinct": "distinct queries", "kl_solver": "KL of the Solver", "kl_challenger": "KL of the Challenger",
     "loss": "loss", "margin": "margin", "logprob_answer": "log p of people's answers", "logprob_rival": "log p of the opponent's",
-    "answer_tokens": "tokens an answer", "query_tokens": "tokens a query", "entropy_solver": "entropy of the Solver, nats a token",
+    "answer_tokens": "tokens an answer", "query_tokens": "tokens a query", "entropy_solver": "entropy of the Solver",
     "entropy_challenger": "entropy of the Challenger", "similarity": "similarity of queries", "agreement": "judge prefers the right answer"}
 
 SHARES = ("valid", "spread", "distinct", "agreement")  # these are drawn from 0 to 1
