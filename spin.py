@@ -317,7 +317,7 @@ def parse_args(argv=None):
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
     g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, more time")
-    g.add_argument("--explain", action="store_true", help="print one pair of one update as a lesson; save nothing")
+    g.add_argument("--explain", action="store_true", help="print one pair of one update as a lesson, from two batches of pairs unless told; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
     if hasattr(args, "resume"):
@@ -327,6 +327,9 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
         if not hasattr(args, "data"):
             parser.error(f"{args.model} does not speak the embedded language: name --data to learn from")
+    if args.explain:
+        parser.set_defaults(pairs=2 * args.batch, iterations=1)  # a lesson needs no more
+        args = parser.parse_args(argv)
     args.model = str(evaluate.model_folder(args.model))  # a run's folder stands for its last iterate
     if args.explain and args.dtype != "float32":
         parser.error("--explain shows float32 numbers: leave --dtype out")
