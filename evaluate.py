@@ -236,7 +236,7 @@ def resumed(parser, argv, games):
         raise UserError(f"--resume {run}: no run's folder (it has no settings.json)")
     settings = read_json(folder / "settings.json")
     if settings.get("game") not in games:
-        raise UserError(f"--resume {run}: this was a game of {settings.get('game')}: resume it with the other command")
+        raise UserError(f"--resume {run}: this was a game of {settings.get('game')}: resume it with {'spin.py' if settings.get('game') in ('spin', 'sft') else 'selfplay.py'}")
     if not any((folder / name).is_file() for name in (CHECKPOINT, CHECKPOINT + ".previous")):
         raise UserError(f"--resume {run}: there is no checkpoint: it is at its end, or was stopped before its first one")
     settings.pop("torch", None)
@@ -578,7 +578,7 @@ if (run) {{
 
 HOW_TO_READ = """
 <p><b>Reward</b> may fall while the model improves: the Challenger asks harder things. <b>Groups with spread</b> is the share of queries whose answers
-are not all equally good, the only ones that teach the Solver; near 0, nothing is learnt. <b>Well-formed queries</b> have a right answer at all; when
+have not all the same reward; the others teach the Solver by the judge's differences alone. <b>Well-formed queries</b> have a right answer at all; when
 fewer are, the Challenger has found that nonsense pays. <b>Distinct</b> and <b>similarity</b> say whether it repeats itself. <b>KL</b> is the distance
 from the start, nats a token. <b>Entropy</b> falls as a player grows sure; if it falls while greedy accuracy stands still, the model is being sharpened
 and learns nothing new. <b>Judge prefers the right answer</b>: one half is chance; when it falls, the judge and the truth part. In SPIN, <b>loss</b>

@@ -46,7 +46,7 @@ CHALLENGER_PROMPT = """Write one input that puts another assistant to the test.
 Write nothing else: no answer, no hint, no comment. Stop as soon as the input is complete."""
 
 # What the Challenger is paid for a query, by V [N], its mean reward: p, the share of right answers, if rewards are 0 or 1.
-# All but LSP's peak at middling difficulty: a query that nobody answers teaches nothing.
+# All but LSP's pay least for a query that nobody answers: it teaches nothing.
 PAY = {
     "minimax": lambda p: -p,  # LSP, 2509.07414: as hard as possible
     "r-zero": lambda p: 1 - 2 * (p - 0.5).abs(),  # R-Zero, 2508.05004, without its penalty for repetition

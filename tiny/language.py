@@ -105,8 +105,8 @@ def kind(query):
 def is_held_out(query):
     """True for one instruction in ten, told by its checksum: `draw` gives them for evaluation only.
 
-    A Challenger knows nothing of this: a tenth of what it writes is held out too. The 16,000 queries of one
-    run met 8 and 14 of the 1,000 items of two evaluation sets, nearly all of them small numbers.
+    A Challenger knows nothing of this: a tenth of what it writes is held out too. The 16,000 queries of the
+    README's run met 8 and 12 of the first 1,000 items of drawings 0 and 1.
     """
     return zlib.crc32(query.encode()) % 10 == 0
 
