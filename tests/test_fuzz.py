@@ -16,6 +16,20 @@ def test_no_broken_file_is_more_than_one_line():
     assert all(c["refused"] > 0 for c in counts.values()) and sum(c["taken"] for c in counts.values()) > 0
 
 
+def test_the_fuzzer_sees_a_reader_that_hangs(monkeypatch):
+    """Though the reader makes a refusal of every Exception."""
+    def hangs(folder):
+        try:
+            time.sleep(5)
+        except Exception as error:  # as the readers of this project do with what libraries raise
+            raise llama.UserError("refused") from error
+    first = next(iter(fuzz.READERS))
+    monkeypatch.setitem(fuzz.READERS, first, hangs)
+    monkeypatch.setattr(fuzz, "SECONDS", 0.1)
+    counts, failures = fuzz.fuzz(1, seed=0)
+    assert counts[first]["failed"] == 1 and "Late" in failures[0]
+
+
 TEMPLATES = {"hangs": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
              "floods": "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endfor %}",
              "reaches out": "{{ messages.__class__.__mro__ }}", "deep": "{{ " + "(" * 5000 + ")" * 5000 + " }}",
