@@ -6,6 +6,7 @@ import torch
 from conftest import ROOT, command
 
 import evaluate
+import model as llama
 import selfplay
 import spin
 
@@ -16,9 +17,9 @@ LINES = [re.fullmatch(r"    python (\w+)\.py (.*?)  +(.*)", line).groups() for l
 @pytest.mark.parametrize("module, flags, says", LINES, ids=[flags for _, flags, _ in LINES])
 def test_bad_input_says_what_the_readme_says(module, flags, says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(llama, "free_memory", lambda device: 22.4 * 2**30)  # the README's machine, also where nobody can tell
     there = lambda: sorted([*ROOT.iterdir(), *(ROOT / "runs").glob("*")])
     before = there()
     done = command({"selfplay": selfplay, "spin": spin, "evaluate": evaluate}[module], ROOT, *flags.split())
-    figures = lambda text: re.sub(r"\d+\.\d+", "#", text)  # how much memory there is differs
-    assert done.returncode == 2 and f"error: {figures(says)}" in figures(done.stderr.splitlines()[-1])
+    assert done.returncode == 2 and f"error: {says}" in done.stderr.splitlines()[-1]
     assert there() == before
