@@ -228,6 +228,13 @@ def update(model, reference, optimizer, players, args, crew=Crew()):
     return report, norm
 
 
+def one_step(game, args):
+    """A whole step without a record: play, score, update. `train` keeps the record, too."""
+    queries, answers, challenger, solver = play(game.model, game.tokenizer, game.prompt, game.draw, args, game.generator)
+    _, _, a_sol, a_ch = score(queries, answers, game.referee, game.judge, args)
+    update(game.model, game.reference, game.optimizer, sides(solver, challenger, a_sol, a_ch, args), args)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # For people
 
@@ -272,7 +279,7 @@ def measure(queries, solver, challenger, reward, quality, valid, losses, norm):
            "valid": None if valid is None else sum(valid) / len(valid),  # share of queries that have a right answer
            "distinct": len(set(queries)) / len(queries),
            "similarity": similarity(queries),
-           "spread": (reward.std(1, correction=0) > 0).float().mean().item(),  # share of groups that teach the Solver
+           "spread": (reward.std(1, correction=0) > 0).float().mean().item(),  # share of groups whose rewards differ
            "tokens": sum(len(ids) for player in (solver, challenger) if player for group in player.completions for ids in group),  # sampled in this step
            "gradient_norm": norm}
     for name, text, player in (("solver", "answer", solver), ("challenger", "query", challenger)):
@@ -289,7 +296,7 @@ WINDOW = 20
 WATCH = {
     "distinct": (lambda x: x < 0.5, "the queries repeat: a larger --kl-challenger or a smaller --alpha-ch keeps them apart"),
     "valid": (lambda x: x < 0.5, "most queries are no tasks any more: try --game lsp, a larger --quality or --kl-challenger, or a smaller --alpha-ch"),
-    "spread": (lambda x: x < 0.1, "hardly a group has spread, so the Solver has nothing to learn from: try a smaller --alpha-ch, or --pay r-zero"),
+    "spread": (lambda x: x < 0.1, "hardly a group has spread, so the rewards teach the Solver nothing: try a smaller --alpha-ch, or --pay r-zero"),
     "kl_solver": (lambda x: x > 1.0, "the Solver runs away from its start: try a smaller --lr or a larger --kl"),
     "kl_challenger": (lambda x: x > 1.0, "the Challenger runs away from its start: try a smaller --alpha-ch or a larger --kl-challenger"),
     "agreement": (lambda x: x < 0.4, "of a right and a wrong answer the judge prefers the wrong one: try a smaller --quality, or --game lsp-zero"),
@@ -350,12 +357,11 @@ def explain(game, args):
     """
     model, reference, tokenizer, optimizer = game.model, game.reference, game.tokenizer, game.optimizer
     set_rate(optimizer, args.lr)  # no rising: a step should show
-    for lesson in [False] * 5 + [True]:
-        queries, answers, challenger, solver = play(model, tokenizer, game.prompt, game.draw, args, game.generator)
-        reward, quality, a_sol, a_ch = score(queries, answers, game.referee, game.judge, args)
-        players = sides(solver, challenger, a_sol, a_ch, args)
-        if not lesson:
-            update(model, reference, optimizer, players, args)
+    for _ in range(5):
+        one_step(game, args)
+    queries, answers, challenger, solver = play(model, tokenizer, game.prompt, game.draw, args, game.generator)
+    reward, quality, a_sol, a_ch = score(queries, answers, game.referee, game.judge, args)
+    players = sides(solver, challenger, a_sol, a_ch, args)
     print("(after five steps, unseen: else policy and reference would be the same, and every KL 0)\n")
     print("PLAY: one model, two players, told apart by the prompt alone                        selfplay.play")
     if challenger:
@@ -536,9 +542,7 @@ def dry_run(game, args):
     """--dry-run: how long a step takes (set_up has shown the memory). Nothing is saved."""
     for name in ("first", "second"):
         began = time.perf_counter()
-        queries, answers, challenger, solver = play(game.model, game.tokenizer, game.prompt, game.draw, args, game.generator)
-        _, _, a_sol, a_ch = score(queries, answers, game.referee, game.judge, args)
-        update(game.model, game.reference, game.optimizer, sides(solver, challenger, a_sol, a_ch, args), args)
+        one_step(game, args)
         print(f"{name} step: {time.perf_counter() - began:.2f} seconds")
     print(f"{args.steps} steps like the second: {args.steps * (time.perf_counter() - began) / 60:.1f} minutes; nothing was saved")
 

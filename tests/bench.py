@@ -72,12 +72,7 @@ def stepper(*flags):
     """(a function that plays one step of selfplay.py with these flags, its settings)."""
     args = selfplay.parse_args(["--model", str(ROOT / "tiny"), "--answers", str(ANSWERS), "--device", "cpu", *flags])
     game = selfplay.set_up(args, "cpu")
-
-    def step():
-        queries, answers, challenger, solver = selfplay.play(game.model, game.tokenizer, game.prompt, game.draw, args, game.generator)
-        _, _, a_sol, a_ch = selfplay.score(queries, answers, game.referee, game.judge, args)
-        selfplay.update(game.model, game.reference, game.optimizer, selfplay.sides(solver, challenger, a_sol, a_ch, args), args)
-    return step, args
+    return lambda: selfplay.one_step(game, args), args
 
 
 def bench_grpo(queries):

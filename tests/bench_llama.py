@@ -107,11 +107,7 @@ def bench_step(folder, reward, flags, rounds):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     game = selfplay.set_up(args, device)
-
-    def step():
-        queries, answers, challenger, solver = selfplay.play(game.model, game.tokenizer, game.prompt, game.draw, args, game.generator)
-        _, _, a_sol, a_ch = selfplay.score(queries, answers, game.referee, game.judge, args)
-        selfplay.update(game.model, game.reference, game.optimizer, selfplay.sides(solver, challenger, a_sol, a_ch, args), args)
+    step = lambda: selfplay.one_step(game, args)
     result = {"queries": args.queries, "answers": args.answers, "answer_tokens": args.answer_tokens, "dtype": args.dtype, "step_s": seconds(step, device, rounds)}
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result | {"peak_gib": peak / 2**30, "peak_above_start_gib": (peak - (0 if cuda else resident)) / 2**30, "foretold_gib": llama.most_memory(selfplay.plan(args)) / 2**30}
