@@ -379,17 +379,17 @@ def stop_asked():
     """A list that is no longer empty once Ctrl-C (or SIGTERM) asked to stop: then finish the step, save, and stop. A second Ctrl-C stops at once."""
     asked = []
 
-    def ask(number, _):
-        if number == signal.SIGINT and number in asked:
+    def ask(signum, _):
+        if signum == signal.SIGINT and signum in asked:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(signum)
         print("\nstopping after this step (Ctrl-C again: at once, the last checkpoint stays)", file=sys.stderr)
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def show_run(folder):
@@ -407,12 +407,12 @@ def read_metrics(run):
     """
     path, rows = Path(run) / "metrics.jsonl", []
     lines = path.read_text(errors="replace").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
+    for i, line in enumerate(lines, 1):
         try:
             rows.append({k: float(v) for k, v in json.loads(line).items()})
         except (ValueError, TypeError, AttributeError, RecursionError):
-            if number < len(lines) or line.endswith("\n"):
-                raise UserError(f"{path}: line {number} is not a step's figures") from None
+            if i < len(lines) or line.endswith("\n"):
+                raise UserError(f"{path}: line {i} is not a step's figures") from None
     columns = {}
     for key in dict.fromkeys(k for row in rows for k in row):
         value = next(row[key] for row in rows if key in row)
@@ -609,13 +609,13 @@ def read_games(run):
     if not path.is_file():
         return [], 1
     with open(path, errors="replace") as file:
-        for number, line in enumerate(file, 1):
+        for i, line in enumerate(file, 1):
             if line.endswith("\n"):  # else it was cut off
                 try:
                     row = json.loads(line)
                     lines.append({"step": row["step"], "games": [dict(game) for game in row["games"][:64]]})
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    raise UserError(f"{path}: line {number} is not a step's games") from None
+                    raise UserError(f"{path}: line {i} is not a step's games") from None
                 size += len(line) * len(lines[-1]["games"]) // max(1, len(row["games"]))
     k = math.ceil(size / GAMES_SIZE) or 1
     return lines[::k], k
