@@ -94,12 +94,12 @@ def table(summaries):
     cell = lambda share: "{:5.1f} [{:4.1f}, {:4.1f}]".format(*(100 * x for x in share))
     columns, first = ("sampled", "greedy", "pass@8"), next(iter(summaries.values()))
     width = max(map(len, summaries))
-    lines = [f"{'right answers, %':<18}{'':<{width}}" + "".join(f"{c:>21}" for c in columns)]
+    lines = [f"{'right answers, %':<22}{'':<{width}}" + "".join(f"{c:>21}" for c in columns)]
     for kind in first:
         for i, (name, rows) in enumerate(summaries.items()):
             label = "" if i else f"{kind} (n={rows[kind]['n']})"
-            lines.append(f"{label:<18}{name:<{width}}" + "".join(f"{cell(rows[kind][c]):>21}" for c in columns))
-    return "\n".join([*lines, "95 % intervals; sampled: 8 answers at temperature 1; greedy tells learning from sharpening"])
+            lines.append(f"{label:<22}{name:<{width}}" + "".join(f"{cell(rows[kind][c]):>21}" for c in columns))
+    return "\n".join([*lines, f"sampled: {SAMPLES} answers at temperature 1; greedy: the likeliest one; pass@{SAMPLES}: one of the {SAMPLES} is right; with 95 % intervals"])
 
 
 def win_line(win, against="the start"):
@@ -420,12 +420,12 @@ def read_metrics(run):
     return columns
 
 
-PANELS = {  # of a run's picture: name in metrics.jsonl -> title
-    "reward": "reward", "quality": "quality (judge)", "valid": "well-formed queries", "spread": "groups with spread",
-    "distinct": "distinct queries", "kl_solver": "KL of the Solver", "kl_challenger": "KL of the Challenger",
-    "loss": "loss", "margin": "margin", "logprob_answer": "log p of people's answers", "logprob_rival": "log p of the opponent's",
-    "answer_tokens": "tokens an answer", "query_tokens": "tokens a query", "entropy_solver": "entropy of the Solver",
-    "entropy_challenger": "entropy of the Challenger", "similarity": "similarity of queries", "agreement": "judge prefers the right answer"}
+PANELS = {  # of a run's picture: name in metrics.jsonl -> what it is
+    "reward": "mean of the step", "quality": "mean of the step", "valid": "queries with a right answer", "spread": "groups whose rewards differ",
+    "distinct": "share of different queries", "kl_solver": "nats a token", "kl_challenger": "nats a token",
+    "loss": "mean over the pairs", "margin": "of pairs that differ", "logprob_answer": "of people's answers", "logprob_rival": "of the opponent's answers",
+    "answer_tokens": "length of an answer", "query_tokens": "length of a query", "entropy_solver": "nats a token",
+    "entropy_challenger": "nats a token", "similarity": "pieces that two queries share", "agreement": "judge prefers the right answer"}
 
 SHARES = ("valid", "spread", "distinct", "agreement")  # these are drawn from 0 to 1
 COLOURS = ("#3b82f6", "#f97316", "#22a06b", "#d946a0", "#8b6f47", "#7c6cf0")  # of the runs; readable on white and on black
@@ -443,7 +443,7 @@ def plot(axis, key, data):
         if key in d:
             axis.plot(*thin(d["step"], d[key]), color=colour, alpha=0.2, linewidth=0.7)
             axis.plot(*thin(d["step"], smooth(d[key], 20)), color=colour, label=name)
-    axis.set_title(PANELS[key], fontsize=10)
+    axis.set_title(f"{key}\n{PANELS[key]}", fontsize=9)
     axis.grid(alpha=0.25)
     if key in SHARES:
         axis.set_ylim(-0.03, 1.03)
@@ -481,7 +481,7 @@ def draw(runs, path):
             points = torch.stack(shares).T.numpy()  # [share, low, high] of each iterate, the start first
             axis.errorbar(range(len(shares)), points[0], [points[0] - points[1], points[2] - points[0]], color=colour, marker="o", capsize=3)
             axis.plot([100 * s["all"]["greedy"][0] for s in scores[name].values()], color=colour, linestyle=":", marker=".")
-            axis.set_title("right answers, % (greedy: dots)", fontsize=10)
+            axis.set_title("right answers, %\nsampled (line), greedy (dots)", fontsize=9)
             axis.grid(alpha=0.25)
             axis.set_xticks(range(max(map(len, scores.values()))), max(scores.values(), key=len), fontsize=7, rotation=20)
     for axis in axes.flat[count:]:
@@ -563,7 +563,7 @@ function show() {{  // textContent alone: nothing that a model wrote can become 
     if (game.valid === false) card.append(element("span", "  no such task: it has no right answer", "quiet"));
     if (game.answers) {{
       for (const a of [...game.answers].sort((x, y) => y.reward - x.reward || y.times - x.times))
-        card.append(element("div", (a.answer || "(nothing)") + (a.times > 1 ? "  x" + a.times : "") + "   reward " + a.reward + ", quality " + a.quality, a.reward > 0 ? "right" : "wrong"));
+        card.append(element("div", (a.answer || "(nothing)") + (a.times > 1 ? "  x" + a.times : "") + "   reward " + a.reward + (a.quality === null ? "" : ", quality " + a.quality), a.reward > 0 ? "right" : "wrong"));
       card.append(element("div", "the Challenger's advantage " + game.challenger_advantage, "quiet"));
     }} else card.append(element("div", "people: " + game.answer, "right"), element("div", "opponent: " + game.rival, game.rival === game.answer ? "right" : "wrong"));
     return card;
@@ -577,12 +577,12 @@ if (run) {{
 """
 
 HOW_TO_READ = """
-<p><b>Reward</b> may fall while the model improves: the Challenger asks harder things. <b>Groups with spread</b> is the share of queries whose answers
-have not all the same reward; the others teach the Solver by the judge's differences alone. <b>Well-formed queries</b> have a right answer at all; when
-fewer are, the Challenger has found that nonsense pays. <b>Distinct</b> and <b>similarity</b> say whether it repeats itself. <b>KL</b> is the distance
-from the start, nats a token. <b>Entropy</b> falls as a player grows sure; if it falls while greedy accuracy stands still, the model is being sharpened
-and learns nothing new. <b>Judge prefers the right answer</b>: one half is chance; when it falls, the judge and the truth part. In SPIN, <b>loss</b>
-begins each iteration at log 2 and both <b>log p</b> may fall: only the margin between them is trained.</p>"""
+<p><b>reward</b> may fall while the model improves: the Challenger asks harder things. <b>spread</b> is the share of queries whose answers have not all
+the same reward; the others teach the Solver by the judge's differences alone. <b>valid</b> queries have a right answer at all; when fewer do, the
+Challenger has found that nonsense pays. <b>distinct</b> and <b>similarity</b> say whether it repeats itself. <b>kl</b> is the distance from the start.
+<b>entropy</b> falls as a player grows sure; if it falls while greedy accuracy stands still, the model is being sharpened and learns nothing new.
+<b>agreement</b>: one half is chance; when it falls, the judge and the truth part. In SPIN, <b>loss</b> begins each iteration at log 2, and both
+<b>logprob</b> figures may fall: only the margin between them is trained.</p>"""
 
 
 def panel(key, data):

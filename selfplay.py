@@ -318,25 +318,26 @@ def watch(rows, said):
 
 
 def game_records(queries, answers, reward, quality, a_ch, valid):
-    """A step's games for games.jsonl, rounded to what a reader needs; equal answers to a query are written once."""
-    records = []
-    for q, a, r, rq, c, v in zip(queries, answers, reward.tolist(), quality.tolist(), a_ch.tolist(), valid or [None] * len(queries)):
-        different = Counter(zip(a, (round(x, 3) for x in r), (round(x, 3) for x in rq)))
+    """A step's games for games.jsonl, rounded to what a reader needs; equal answers to a query are written once. quality: None without a judge."""
+    records, missing = [], [None] * len(queries)
+    for q, a, r, rq, c, v in zip(queries, answers, reward.tolist(), missing if quality is None else quality.tolist(), a_ch.tolist(), valid or missing):
+        different = Counter(zip(a, (round(x, 3) for x in r), (round(x, 3) for x in rq) if rq else [None] * len(a)))
         records.append({"query": q, "valid": v, "challenger_advantage": round(c, 3), "answers": [
             {"answer": text, "times": times, "reward": reward, "quality": quality} for (text, reward, quality), times in different.items()]})
     return records
 
 
 def game_text(step, query, answers, reward, quality, a_sol, pay, valid):
-    """One game as a person would want to read it."""
+    """One game as a person would want to read it. quality: None without a judge."""
     mark = {True: "", False: "   (no such task: it has no right answer)", None: ""}[valid]
     lines = [f"step {step}  query: {query}{mark}"]
     rows = {}
-    for a, r, rq, adv in zip(answers, reward.tolist(), quality.tolist(), a_sol.tolist()):
-        rows.setdefault((a, r, round(rq, 2), round(adv, 2)), []).append(a)
-    for (a, r, rq, adv), same in sorted(rows.items(), key=lambda item: -item[0][3]):
+    for a, r, rq, adv in zip(answers, reward.tolist(), [None] * len(answers) if quality is None else quality.tolist(), a_sol.tolist()):
+        judged = "" if rq is None else f"  quality {rq:.2f}"
+        rows.setdefault((a, r, judged, round(adv, 2)), []).append(a)
+    for (a, r, judged, adv), same in sorted(rows.items(), key=lambda item: -item[0][3]):
         times = f" x{len(same)}" if len(same) > 1 else ""
-        lines.append(f"    {'+' if r > 0 else '-'} {(a or '(nothing)') + times:<32} reward {r:.2f}  quality {rq:.2f}  advantage {adv:+.2f}")
+        lines.append(f"    {(a or '(nothing)') + times:<32} reward {r:.2f}{judged}  advantage {adv:+.2f}")
     return "\n".join(lines + [f"    the Challenger's advantage for this query: {pay:+.2f}"])
 
 
@@ -560,6 +561,7 @@ def train(game, run, args):
             # From here on, for the record, what all processes played.
             queries, answers, challenger, solver, reward, quality, a_sol, a_ch = map(together, zip(*crew.all((queries, answers, challenger, solver, reward, quality, a_sol, a_ch))))
             valid = game.referee.valid(queries) if hasattr(game.referee, "valid") else None
+            quality = quality if game.judge else None
             games = json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n"
             try:
                 losses, norm = update(model, game.reference, game.optimizer, players, args, crew)
@@ -568,7 +570,7 @@ def train(game, run, args):
                     (run.folder / "not-finite.json").write_text(games)
                 raise UserError(f"step {step}: {error}; the step was not taken, its games are in {run.folder / 'not-finite.json'}; try a smaller --lr in a new run") from None
 
-            row = {"step": step} | measure(queries, solver, challenger, reward, quality if game.judge else None, valid, losses, norm)
+            row = {"step": step} | measure(queries, solver, challenger, reward, quality, valid, losses, norm)
             if hasattr(game.judge, "malformed"):
                 row["malformed"] = sum(crew.all(game.judge.malformed)) / crew.size  # share of verdicts without a score
             row["seconds"] = time.perf_counter() - began
@@ -582,7 +584,7 @@ def train(game, run, args):
                     (run.folder / "warnings.txt").write_text("".join(line + "\n" for line in said.values()))
             bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
             if step % args.show_every == 0 or step == 1:
-                bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0], a_sol[0], a_ch[0].item(), valid[0] if valid else None))
+                bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0] if game.judge else None, a_sol[0], a_ch[0].item(), valid[0] if valid else None))
             stop = any(crew.all(bool(asked)))
             if run.due(step) or stop or step == args.steps:
                 run.checkpoint(game.optimizer, game.generator, {"step": step, "rng": game.rng.getstate(), "said": said, "recent": recent})

@@ -31,7 +31,7 @@ def test_summary_by_kind():
     queries = ["Add 2 and 3.", 'Take "kobani", reverse it.']
     report = summary({"sampled": torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "greedy": torch.tensor([[1.0], [0.0]])}, queries)
     assert report["numbers"]["sampled"][0] == 0.5 and report["numbers"]["pass@8"][0] == 1 and report["all"]["sampled"][0] == 0.25
-    assert report["all"]["n"] == 2 and report["1 step"]["greedy"][0] == 0 and "3 steps" not in report
+    assert report["all"]["n"] == 2 and report["1 operation"]["greedy"][0] == 0 and "3 operations" not in report
 
 
 def test_both_forms_of_data(tmp_path):

@@ -384,3 +384,14 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
 def test_help_names_every_default(tmp_path):
     text = command(selfplay, tmp_path, "-h").stdout
     assert text.count("(default:") == text.count("\n  --") - 2  # --run and --resume have none
+
+
+def test_a_game_as_text_and_as_record():
+    """Equal answers once, best first; what no judge graded has no quality."""
+    reward, advantage = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([-0.67, 0.33, 0.33])
+    text = selfplay.game_text(3, "Add 1 and 1.", ["3", "2", "2"], reward, None, advantage, -0.1, True)
+    assert [line.split() for line in text.splitlines()[1:3]] == [["2", "x2", "reward", "1.00", "advantage", "+0.33"], ["3", "reward", "0.00", "advantage", "-0.67"]]
+    judged = selfplay.game_text(3, "Add 1 or 1.", ["3", "2", ""], reward, torch.tensor([0.5, 0.5, 0.25]), advantage, -0.1, False)
+    assert "no such task" in judged and "2                                reward 1.00  quality 0.50" in judged and "(nothing)" in judged
+    record = selfplay.game_records(["Add 1 and 1."], [["3", "2", "2"]], reward[None], None, torch.tensor([-0.1]), [True])[0]
+    assert [(a["answer"], a["times"], a["quality"]) for a in record["answers"]] == [("3", 1, None), ("2", 2, None)]

@@ -7,7 +7,7 @@ An instruction is well formed when `solve` finds its one right answer. So "is th
 right?" have a truth, which real self-play lacks: a game can be played here and its referees checked.
 
     draw(rng)             an instruction          solve(query)          its right answer, or None if it has none
-    kind(query)           "1 step" ... "numbers"  grade(query, answer)  0 to 7, by the judge's rubric
+    kind(query)           one of KINDS            grade(query, answer)  0 to 7, by the judge's rubric
     spoil(query, rng)     the query gone wrong    is_held_out(query)    True for the tenth kept for evaluation
 """
 import json
@@ -18,7 +18,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-KINDS = ("1 step", "2 steps", "3 steps", "numbers")
+KINDS = ("1 operation", "2 operations", "3 operations", "numbers")
 CARELESS = 0.12  # share of the fine-tuning set's answers that are careless, as in data that people wrote
 MAX_ANSWER = 24  # letters; a longer result counts as no answer, so that no game can run away in length
 
