@@ -688,8 +688,18 @@ def asked_alike(runs, settings, games, asked, dot, row, rows):
     return f"<h2>The same instructions, answered by every checkpoint</h2>{rows(lines)}"
 
 
+def first_and_last(data):
+    """A text table of runs side by side: each figure's mean over the first and the last tenth of the steps, ten steps at least. data: {run: its read_metrics}."""
+    mean = lambda values: f"{sum(values) / len(values):.3g}"
+    ends = lambda values, n: f"{mean(values[:n]):>8} -> {mean(values[-n:]):<8}"
+    cells = {key: [ends(d[key], max(10, len(d[key]) // 10)) if key in d else "" for d in data.values()] for key in PANELS if any(key in d for d in data.values())}
+    width = max(22, *(len(str(run)) + 2 for run in data))
+    lines = [f"{key:<20}" + "".join(f"{cell:>{width}}" for cell in row) for key, row in cells.items()]
+    return "\n".join([f"{'first -> last tenth':<20}" + "".join(f"{str(run):>{width}}" for run in data), *lines])
+
+
 def report(argv):
-    """`python evaluate.py report RUN...`: one HTML file that shows runs, for a browser, with nothing else needed."""
+    """`python evaluate.py report RUN...`: one HTML file that shows runs, for a browser, with nothing else needed; in the terminal, where each curve began and ended."""
     parser = argparse.ArgumentParser(prog="evaluate.py report", description=report.__doc__.split(": ")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", nargs="+", metavar="RUN", help="run folders; several are laid over each other")
     parser.add_argument("--out", default=argparse.SUPPRESS, metavar="HTML", help="where to write; default: report.html in a single run's folder, or here for several runs")
@@ -702,7 +712,8 @@ def report(argv):
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise UserError(f"--out {path}: expected a file's path in a folder that exists")
     write_page(args.run, path, args.ask)
-    print(f"open it in a browser: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    print(first_and_last({run: read_metrics(run) for run in args.run}))
+    print(f"\nopen it in a browser: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

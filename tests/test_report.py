@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
     games.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "runs" / "lsp" / "warnings.txt").write_text("step 3: something <went> wrong\n")
     done = command(evaluate, folder, "report", "runs/lsp", "runs/spin", "--ask", "3")
-    assert done.returncode == 0 and "report.html" in done.stdout, done.stderr
+    assert done.returncode == 0 and "report.html" in done.stdout and "logprob_rival" in done.stdout, done.stderr
     return folder
 
 
@@ -85,3 +85,9 @@ def test_in_a_real_browser(runs):
     dom = done.stdout
     wide, screen = map(int, re.search(r"<title>(\d+) of (\d+)</title>", dom).groups())
     assert wide <= screen and dom.count('class="game"') == 3 and "alert(1)" in dom and "<script>alert" not in dom
+
+
+def test_where_the_curves_began_and_ended():
+    """Twenty steps that rise from 0 to 19: the first ten's mean is 4.5, the last ten's 14.5; a figure that a run lacks is left out."""
+    lines = evaluate.first_and_last({"a": {"step": [*range(20)], "reward": [float(i) for i in range(20)]}, "b": {"step": [1], "margin": [0.25]}}).splitlines()
+    assert [line.split() for line in lines] == [["first", "->", "last", "tenth", "a", "b"], ["reward", "4.5", "->", "14.5"], ["margin", "0.25", "->", "0.25"]]
