@@ -1,4 +1,5 @@
-"""What the README says that bad input says."""
+"""What the README quotes: what bad input says, and lines of the code."""
+import inspect
 import re
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import ROOT, command
 
 import evaluate
 import model as llama
+import rewards
 import selfplay
 import spin
 
@@ -23,3 +25,14 @@ def test_bad_input_says_what_the_readme_says(module, flags, says, monkeypatch):
     done = command({"selfplay": selfplay, "spin": spin, "evaluate": evaluate}[module], ROOT, *flags.split())
     assert done.returncode == 2 and f"error: {says}" in done.stderr.splitlines()[-1]
     assert there() == before
+
+
+def test_the_lines_of_the_course_are_lines_of_the_code():
+    """Each row of the course's table of equations quotes the line that computes it."""
+    table = (ROOT / "README.md").read_text().split("| what | equation | line | here |")[1].split("\n\n")[0]
+    quoted = re.findall(r"\| `([^`]*)` in `(\w+)\.(\w+)` \|", table)
+    assert len(quoted) == table.count("\n") - 1  # one a row, below the line under the heading
+    for line, module, name in quoted:
+        thing = getattr({"selfplay": selfplay, "rewards": rewards}[module], name)
+        source = inspect.getsource(thing) if callable(thing) else (ROOT / f"{module}.py").read_text().split(f"\n{name} = ")[1].split("\n\n")[0]
+        assert line in source, f"{module}.{name} has no such line: {line}"
