@@ -249,6 +249,34 @@ class KVCache:
         self.k, self.v = self.k.index_select(1, index), self.v.index_select(1, index)
 
 
+class StaticCache(KVCache):
+    """A KVCache that stays where it is, for steps of one token: `place` [1] says where that goes, `reach` how many places are read.
+
+    Its first rows are those of `old`, filled alike. Attention reads places that are not filled, under its mask: they are 0, for
+    what was never written may be NaN, and NaN times a weight of 0 is NaN.
+    """
+
+    def __init__(self, old, rows):
+        layers, filled, K, positions, C = old.k.shape
+        self.k, self.v = (torch.zeros(layers, rows, K, positions, C, dtype=x.dtype, device=x.device) for x in (old.k, old.v))
+        for new, x in ((self.k, old.k), (self.v, old.v)):
+            new[:, :filled, :, :old.length] = x[:, :, :, :old.length]
+        self.length, self.reach = old.length, positions
+        self.place = torch.zeros(1, dtype=torch.long, device=old.k.device)
+
+    def extend(self, layer, k, v):
+        """Write k, v [B, K, 1, C] of one layer into the first B rows; returns those rows, [B, K, reach, C]."""
+        here = slice(0, len(k))
+        self.k[layer, here].index_copy_(2, self.place, k)
+        self.v[layer, here].index_copy_(2, self.place, v)
+        return self.k[layer, here, :, :self.reach], self.v[layer, here, :, :self.reach]
+
+    def keep(self, index):
+        """Make these the first rows (repeats allowed)."""
+        for x in (self.k, self.v):
+            x[:, :len(index)] = x.index_select(1, index)
+
+
 class Block(nn.Module):
     """One layer: attention with grouped key-value heads, then SwiGLU, each behind an RMSNorm and a residual."""
 
@@ -278,7 +306,10 @@ class Block(nn.Module):
         q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + K:]
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=H != K)
+        if isinstance(cache, StaticCache):  # the heads that share keys are rows of one product: few kernels take a mask and shared keys both
+            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, self.head_dim), k, v, mask).view(B, H, T, self.head_dim)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=H != K)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, H * self.head_dim))
         gate, up = self.gate_up(F.rms_norm(x, (D,), self.mlp_norm, self.eps)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
@@ -291,6 +322,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.raw = config, raw or {}  # raw: config.json as it was read, so that it is saved as it was
         self.recompute = False  # keep only each layer's input for the backward pass and compute the rest again: less memory
+        self.replay = False  # sample by steps of fixed shapes, recorded as CUDA graphs: see Replay
         self.gathering = []  # see optimizer_for
         self.saved_in = None  # a dtype, where that is not the weights' own: see shard
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -319,9 +351,7 @@ class Llama(nn.Module):
         Raises UserError for a text longer than the model's context.
         """
         past = cache.length if cache else 0
-        if past + ids.shape[1] > len(self.cos) and (positions is None or int(positions.max()) >= len(self.cos)):
-            why = " (its sliding window; longer texts would see through it)" if self.config.sliding_window else ""
-            raise UserError(f"text of {past + ids.shape[1]} tokens is longer than the model's context of {len(self.cos)}{why}")
+        self.check_fits(past + ids.shape[1], positions)
         if positions is None:
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # [B, 1, T, C/2]
@@ -333,6 +363,12 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length += ids.shape[1]
         return F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
+
+    def check_fits(self, length, positions=None):
+        """Raise UserError if a text of so many tokens, padding included, is longer than the context; positions: its tokens' places without padding."""
+        if length > len(self.cos) and (positions is None or int(positions.max()) >= len(self.cos)):
+            why = " (its sliding window; longer texts would see through it)" if self.config.sliding_window else ""
+            raise UserError(f"text of {length} tokens is longer than the model's context of {len(self.cos)}{why}")
 
     def logits(self, ids, **kwargs):
         """Logits [B, T, V] of ids [B, T]: for looking and for tests. Training and sampling never hold all of them."""
@@ -352,6 +388,61 @@ class Rollout(NamedTuple):
 def groups(rows, size):
     """[[first `size` rows], [next `size` rows], ...]"""
     return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+class Replay:
+    """Decode steps of fixed shapes, which a GPU records once as CUDA graphs: hundreds of small kernels are then launched as one.
+
+    A graph is made for each number of rows, rounded up to a power of two, and of places that attention reads, rounded up to
+    a multiple of PLACES; what is not real is masked out, or thrown away. It holds for one call of `generate`, for weights
+    and cache must not move. Elsewhere the same steps run unrecorded, so that tests on a CPU reach all but the recording.
+    """
+    PLACES = 64
+
+    def __init__(self, model, cache, rows):
+        """cache: the filled KVCache of the prompts. rows: how many there may be."""
+        self.model, self.cache = model, StaticCache(cache, rows)
+        device = self.cache.place.device
+        self.token, self.position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
+        self.mask = torch.zeros(rows, self.cache.k.shape[3], dtype=torch.bool, device=device)
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def __call__(self, token, position, real):
+        """Hidden states [U, D] of one more token [U] at position [U] of each row; real [U, length + 1]: the places it may see."""
+        U, end = real.shape
+        positions = self.cache.k.shape[3]
+        self.model.check_fits(end, position)
+        rows, reach = min(1 << (U - 1).bit_length(), len(self.token)), min(-(-end // self.PLACES) * self.PLACES, positions)
+        self.token[:U], self.position[:U] = token, position
+        self.mask.zero_()
+        self.mask[:U, :end] = real
+        self.mask[U:] = True  # rows that are nobody's see zeros, old keys and themselves: finite, and thrown away
+        self.cache.place.fill_(end - 1)
+        if self.pool is None:
+            x = self._step(rows, reach)
+        else:
+            if (rows, reach) not in self.graphs:
+                self.graphs[rows, reach] = self._record(rows, reach)
+            graph, x = self.graphs[rows, reach]
+            graph.replay()
+        self.cache.length = end
+        return x[:U]
+
+    def _step(self, rows, reach):
+        self.cache.length, self.cache.reach = 0, reach  # the length is checked above: a recording cannot ask the GPU
+        return self.model(self.token[:rows, None], self.position[:rows, None], self.mask[:rows, None, None, :reach], self.cache)[:, 0]
+
+    def _record(self, rows, reach):
+        """(graph, the states that it writes). The step may run often: it writes the same keys to the same place."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # once unrecorded, so that libraries have set themselves up
+            self._step(rows, reach)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            x = self._step(rows, reach)
+        return graph, x
 
 
 @torch.no_grad()
@@ -384,6 +475,10 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
     out_lp = torch.zeros(B, max_new_tokens, device=device)
     length = torch.full((B,), max_new_tokens, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
+    replay = Replay(model, cache, B) if model.replay else None
+    if replay:
+        cache, padded = replay.cache, True  # unfilled places are masked like padding
+    nodes = N
     row = torch.arange(B, device=device)  # the rows that are still going ..
     node = row // group  # .. and the node of each
     for t in range(max_new_tokens):
@@ -400,13 +495,16 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
         # A node and a token make a new node; rows that agree in both share it.
         pair, node = (node * V + token).unique(return_inverse=True)
         parent, token = pair // V, pair % V  # [U]
-        if not torch.equal(parent, torch.arange(len(cache.k[0]), device=device)):  # otherwise each node goes on as one
-            position, real = position[parent], real[parent]
+        if not torch.equal(parent, torch.arange(nodes, device=device)):  # otherwise each node goes on as one
+            position, real, nodes = position[parent], real[parent], len(parent)
             cache.keep(parent)
         position = position + 1
         if padded:
             real = F.pad(real, (0, 1), value=True)
-        x = model(token[:, None], position[:, None], real[:, None, None, :] if padded else None, cache)[:, 0]  # [U, D]
+        if replay:
+            x = replay(token, position, real)  # [U, D]
+        else:
+            x = model(token[:, None], position[:, None], real[:, None, None, :] if padded else None, cache)[:, 0]  # [U, D]
     length = length.tolist()
     return Rollout([r[:n] for r, n in zip(out.tolist(), length)], [r[:n] for r, n in zip(out_lp, length)], finished.tolist())
 

@@ -466,6 +466,7 @@ def parse_args(argv=None):
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
     g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, more time")
     g.add_argument("--offload", action="store_true", help="keep the reference and the reward model in CPU memory while they are not asked: less GPU memory, more time (not on the CPU)")
+    g.add_argument("--cuda-graphs", action="store_true", help="record the sampler's steps as CUDA graphs and replay them: less time where launching kernels takes longest, more memory (one GPU)")
     g.add_argument("--explain", action="store_true", help="play one step, of 3 queries x 4 answers unless told, and print it as a lesson; save nothing")
     g.add_argument("--dry-run", action="store_true", help="only say what memory these settings need and how long a step takes; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
@@ -492,6 +493,8 @@ def parse_args(argv=None):
         parser.error("--pay is the Challenger's, and --game grpo has none")
     if args.offload and args.device.startswith("cpu"):
         parser.error("--offload frees a GPU's memory: on the CPU there is nothing to free")
+    if args.cuda_graphs and not args.device.startswith("cuda"):
+        parser.error(f"--cuda-graphs needs a GPU: --device is {args.device}")
     if args.data and args.game != "grpo":
         parser.error("--data is for --game grpo: in the other games the Challenger writes the queries")
     if args.reward == "math" and not args.data:
@@ -529,7 +532,7 @@ def set_up(args, device, crew=Crew()):
     judge = None
     if args.game == "lsp" and args.quality > 0:
         judge = (QualityReward if args.judge == "expected" else WrittenQuality)(reference, tokenizer)
-    model.recompute = args.recompute
+    model.recompute, model.replay = args.recompute, args.cuda_graphs
     seed = random.Random(f"{args.seed} {crew.rank}").getrandbits(32) if crew.rank else args.seed  # no two play the same games
     rng = random.Random(args.seed)
     return Game(model, reference, tokenizer, optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0, fused=True),
@@ -607,8 +610,8 @@ def main(argv=None):
     """Play, score, update, step by step, into a run's folder; then the scoreboard."""
     args = parse_args(argv)
     crew, device = join(args.device)
-    if crew.size > 1 and (args.offload or args.explain or args.dry_run or args.queries % crew.size):
-        raise UserError(f"{crew.size} processes play together without --offload, --explain and --dry-run, and share --queries out evenly")
+    if crew.size > 1 and (args.offload or args.cuda_graphs or args.explain or args.dry_run or args.queries % crew.size):
+        raise UserError(f"{crew.size} processes play together without --offload, --cuda-graphs, --explain and --dry-run, and share --queries out evenly")
     if crew.rank:
         sys.stdout = open(os.devnull, "w")  # the first one speaks for all
     if args.dry_run:

@@ -1,9 +1,14 @@
-"""Real sizes, random weights: `python tests/bench_llama.py --size llama-3.2-1b` prints JSON. Needs no download.
+"""Real sizes, random weights, as JSON; needs no download. In the paper's setting, on a GPU:
 
-    decode: seconds of sampling against what the memory's bandwidth allows (weights and cache read once a step, against a
-            measured copy), and against transformers' generate with its static cache
+    python tests/bench_llama.py --size llama-3.2-1b --queries 8 --answers 8 --query-tokens 256 --answer-tokens 256 --micro-batch 4096 --recompute --cuda-graphs
+
+    decode: seconds of sampling, plain and in steps of fixed shapes (on a GPU: CUDA graphs), against what the memory's bandwidth
+            allows (weights and cache read once a step, against a measured copy), and against transformers' generate with its
+            static cache; and which share of rows the two ways sample alike
     step:   whole steps of `selfplay.py` in the paper's setting, with a reward model of the same size; their peak memory against
             what `--dry-run` foretells
+    trl:    as many games of TRL's GRPOTrainer, which generates through transformers: the same sizes, tokens and reward model,
+            float32 weights under bfloat16 autocast where ours are bfloat16 with float32 masters; no Challenger and no judge
 
 The models are written to a temporary folder with the sizes of their published config.json; the vocabulary is the embedded
 default's (the ids that it lacks decode to nothing), or --tokenizer's.
@@ -80,13 +85,16 @@ def bench_decode(folder, device, dtype, rows, new, rounds):
     model, tokenizer = llama.load(folder, device, dtype)
     # Different prompts, so that no row can lean on another's work.
     prompts = [tokenizer.chat([{"role": "user", "content": f"{i} and {i * i}?"}]) for i in range(rows)]
-    ours = seconds(lambda: llama.generate(model, prompts, 1, new, end_ids={-1}), device, rounds)
+    sample = lambda: llama.generate(model, prompts, 1, new, generator=torch.Generator(device).manual_seed(0), end_ids={-1})
+    ours, plain = seconds(sample, device, rounds), sample().ids
+    model.replay = True
+    fixed, alike = seconds(sample, device, rounds), sum(a == b for a, b in zip(plain, sample().ids)) / rows
     c, width = model.config, max(map(len, prompts))
     weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * rows * (width + new / 2) * dtype.itemsize
     limit = new * (weights + cache) / bandwidth(device)
-    result = {"rows": rows, "new_tokens": new, "ours_s": ours, "bandwidth_limit_s": limit, "share_of_limit": limit / ours}
-    del model
+    result = {"rows": rows, "new_tokens": new, "ours_s": ours, "fixed_shapes_s": fixed, "rows_alike": alike, "bandwidth_limit_s": limit, "share_of_limit": limit / min(ours, fixed)}
+    del model, sample
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -96,7 +104,7 @@ def bench_decode(folder, device, dtype, rows, new, rounds):
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     theirs = seconds(lambda: peer.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                            cache_implementation="static", pad_token_id=0), device, rounds)
-    return result | {"transformers_s": theirs, "ratio": theirs / ours}
+    return result | {"transformers_s": theirs, "ratio": theirs / min(ours, fixed)}
 
 
 def bench_step(folder, reward, flags, rounds):
@@ -113,10 +121,43 @@ def bench_step(folder, reward, flags, rounds):
     return result | {"peak_gib": peak / 2**30, "peak_above_start_gib": (peak - (0 if cuda else resident)) / 2**30, "foretold_gib": llama.most_memory(selfplay.plan(args)) / 2**30}
 
 
+def bench_trl(folder, reward, flags, rounds):
+    """As many games with the same settings, and their peak memory."""
+    try:
+        from datasets import Dataset
+        from transformers import AutoTokenizer, TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        return {"trl": f"not installed ({error.name})"}
+    args, times = selfplay.parse_args(["--model", str(folder), "--reward", str(reward), *flags]), []
+    cuda = torch.device(args.device).type == "cuda"
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            sync(args.device)
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            sync(args.device)
+            times.append(time.perf_counter() - self.began)
+
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{i} and {i * i}?"}] for i in range(args.queries * (rounds + 1))]})
+    with tempfile.TemporaryDirectory() as temporary:
+        config = GRPOConfig(output_dir=temporary, use_cpu=not cuda, per_device_train_batch_size=args.answers, gradient_accumulation_steps=args.queries, num_generations=args.answers,
+                            max_completion_length=args.answer_tokens, beta=args.kl, learning_rate=args.lr, temperature=1.0, top_k=0, scale_rewards="none", bf16=args.dtype == "bfloat16",
+                            gradient_checkpointing=args.recompute, max_steps=rounds + 1, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, seed=0)
+        GRPOTrainer(str(folder), str(reward), config, data, processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Clock()]).train()
+    result = {"queries": args.queries, "answers": args.answers, "answer_tokens": args.answer_tokens, "step_s": statistics.median(times[1:])}
+    return result | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if cuda else {})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="small", help="whose published sizes")
-    parser.add_argument("--what", choices=["decode", "step"], nargs="+", default=["step", "decode"], help="what to measure")
+    parser.add_argument("--what", choices=["decode", "step", "trl"], nargs="+", default=["step", "trl", "decode"], help="what to measure")
     parser.add_argument("--rows", type=int, default=64, help="of the decoding bench")
     parser.add_argument("--new-tokens", type=int, default=512, help="of the decoding bench")
     parser.add_argument("--rounds", type=int, default=3, help="medians are over so many")
@@ -134,6 +175,10 @@ def main():
             write(path, args.size, args.tokenizer, dtype, score_head)
         if "step" in args.what:
             result["step"] = bench_step(folder, reward, ["--dtype", args.dtype, "--device", args.device, *flags], args.rounds)
+        if "trl" in args.what:
+            result["trl"] = bench_trl(folder, reward, ["--dtype", args.dtype, "--device", args.device, *flags], args.rounds)
+            if "step" in args.what and "step_s" in result["trl"]:
+                result["trl"]["ratio"] = result["trl"]["step_s"] / result["step"]["step_s"]
         if "decode" in args.what:
             result["decode"] = bench_decode(folder, args.device, dtype, args.rows, args.new_tokens, args.rounds)
     print(json.dumps({k: {n: round(x, 3) if isinstance(x, float) else x for n, x in v.items()} if isinstance(v, dict) else v for k, v in result.items()}, indent=2))

@@ -45,9 +45,10 @@ def test_parity_with_transformers(tmp_path, changes):
     ids = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (ours.logits(ids) - peer(ids).logits).abs().max() < 1e-4
-        for prompt, row in zip(PROMPTS, generate(ours, PROMPTS, max_new_tokens=12, temperature=0).ids):
-            theirs = peer.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False)
-            assert row == theirs[0, len(prompt):].tolist()
+        for ours.replay in (True, False):
+            for prompt, row in zip(PROMPTS, generate(ours, PROMPTS, max_new_tokens=12, temperature=0).ids):
+                theirs = peer.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False)
+                assert row == theirs[0, len(prompt):].tolist()
     save(ours, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in peer.state_dict().items())
@@ -116,6 +117,49 @@ def test_generate_is_reproducible_and_left_padding_changes_nothing(small):
     assert a == b
     alone = [generate(small, [p], max_new_tokens=8, temperature=0).ids[0] for p in PROMPTS]
     assert generate(small, PROMPTS, max_new_tokens=8, temperature=0).ids == alone
+
+
+@pytest.mark.parametrize("prompts, group", [([[1, 7]], 16), (PROMPTS, 5), ([[1] * n for n in range(1, 8)], 1)])
+def test_steps_of_fixed_shapes_sample_the_same(small, monkeypatch, prompts, group):
+    """Replay: rows rounded up, places masked out, rows that come and go; all but the recording, which needs a GPU."""
+    monkeypatch.setattr(llama.Replay, "PLACES", 8)
+    shapes, step = set(), llama.Replay._step
+    monkeypatch.setattr(llama.Replay, "_step", lambda self, *shape: shapes.add(shape) or step(self, *shape))
+    sample = lambda: generate(small, prompts, group, 24, generator=torch.Generator().manual_seed(4), end_ids={2, 3, 4})
+    plain = sample()
+    monkeypatch.setattr(small, "replay", True)
+    fixed = sample()
+    assert fixed.ids == plain.ids and fixed.finished == plain.finished
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fixed.logprobs, plain.logprobs))
+    rows, places = map(set, zip(*shapes))
+    most = len(prompts) * group
+    assert len(places) > 2 and all(n in (1, 2, 4, 8, most) for n in rows) and (group == 1 or len(rows) > 1)
+
+
+def test_steps_of_fixed_shapes_read_nothing_that_was_never_written(small, monkeypatch):
+    """Memory that nobody wrote may hold NaN, and NaN times a weight of 0 is NaN."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *args, **kwargs: empty(self, *args, **kwargs).fill_(float("nan")))
+    monkeypatch.setattr(small, "replay", True)
+    out = generate(small, PROMPTS, 4, 12, generator=torch.Generator().manual_seed(4), end_ids=set())
+    assert all(lp.isfinite().all() for lp in out.logprobs)
+
+
+def test_steps_of_fixed_shapes_stop_at_the_context(small, monkeypatch):
+    monkeypatch.setattr(small, "replay", True)
+    with pytest.raises(UserError, match="longer than the model's context of 64"):
+        generate(small, [[1] * 60], max_new_tokens=20, end_ids=set())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs: needs a GPU")
+def test_recorded_steps_sample_the_same(small):
+    model = copy.deepcopy(small).cuda()
+    sample = lambda: generate(model, PROMPTS, 8, 24, generator=torch.Generator("cuda").manual_seed(4), end_ids={2, 3, 4})
+    plain = sample()
+    model.replay = True
+    recorded = sample()
+    assert recorded.ids == plain.ids
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(recorded.logprobs, plain.logprobs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -369,7 +369,8 @@ def test_challenger_prompt_has_its_two_variables(real_llama):
     (["--steps", "0"], "not above zero"), (["--steps", "-3"], "not above zero"), (["--lr", "nan"], "not above zero"), (["--queries", "many"], "not a whole number"),
     (["--kl", "-1"], "not zero or more"), (["--game", "chess"], "invalid choice"), (["--step", "3"], "unrecognized"), (["--model", "nowhere"], "no such model folder"),
     (["--reward", "gone.py:f"], "no file or folder 'gone.py'"), (["--reward", "mine.py:absent"], "has no function"), (["--reward", "mine.py:nan"], "NaN"),
-    (["--reward", "mine.py:flat"], "shape"), (["--run", "taken"], "exists already"), (["--judge", "written"], "can only say a digit"), (["--task", "x"], "has its own"), (["--game", "grpo", "--pay", "sqlm"], "has none"), (["--reward", "math"], "from --data alone"), (["--run", "../away"], "not a plain folder name"), (["--device", "abacus"], "no such device")])
+    (["--reward", "mine.py:flat"], "shape"), (["--run", "taken"], "exists already"), (["--judge", "written"], "can only say a digit"), (["--task", "x"], "has its own"), (["--game", "grpo", "--pay", "sqlm"], "has none"), (["--reward", "math"], "from --data alone"), (["--run", "../away"], "not a plain folder name"), (["--device", "abacus"], "no such device"),
+    (["--cuda-graphs", "--device", "cpu"], "needs a GPU"), (["--offload", "--device", "cpu"], "nothing to free")])
 def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
     (tmp_path / "mine.py").write_text("def nan(q, a):\n    return [[float('nan')] * len(g) for g in a]\ndef flat(q, a):\n    return [0.0]\n")
     (tmp_path / "runs" / "taken").mkdir(parents=True)
