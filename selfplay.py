@@ -532,7 +532,8 @@ def set_up(args, device, crew=Crew()):
     judge = None
     if args.game == "lsp" and args.quality > 0:
         judge = (QualityReward if args.judge == "expected" else WrittenQuality)(reference, tokenizer)
-    model.recompute, model.replay = args.recompute, args.cuda_graphs
+    model.recompute = args.recompute
+    model.replay = reference.replay = args.cuda_graphs  # the reference samples, too, where it writes its verdicts
     seed = random.Random(f"{args.seed} {crew.rank}").getrandbits(32) if crew.rank else args.seed  # no two play the same games
     rng = random.Random(args.seed)
     return Game(model, reference, tokenizer, optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0, fused=True),
