@@ -40,6 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as TextTokenizer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -250,18 +251,19 @@ class KVCache:
 
 
 class StaticCache(KVCache):
-    """A KVCache that stays where it is, for steps of one token: `place` [1] says where that goes, `reach` how many places are read.
+    """A KVCache that stays where it is, for steps of one token: `place` [1] says where in the cache that goes, `reach` how much is read.
 
-    Its first rows are those of `old`, filled alike. Attention reads places that are not filled, under its mask: they are 0, for
-    what was never written may be NaN, and NaN times a weight of 0 is NaN.
+    A place is one of the S of the cache, padding included; a token's position in its text is another matter. The first rows are
+    those of `old`. Attention also reads places that are not filled, under its mask: they are 0, for what was never written may
+    be NaN, and NaN times a weight of 0 is NaN.
     """
 
     def __init__(self, old, rows):
-        layers, filled, K, positions, C = old.k.shape
-        self.k, self.v = (torch.zeros(layers, rows, K, positions, C, dtype=x.dtype, device=x.device) for x in (old.k, old.v))
+        layers, given, K, places, C = old.k.shape
+        self.k, self.v = (torch.zeros(layers, rows, K, places, C, dtype=x.dtype, device=x.device) for x in (old.k, old.v))
         for new, x in ((self.k, old.k), (self.v, old.v)):
-            new[:, :filled, :, :old.length] = x[:, :, :, :old.length]
-        self.length, self.reach = old.length, positions
+            new[:, :given, :, :old.length] = x[:, :, :, :old.length]
+        self.length, self.reach = old.length, places
         self.place = torch.zeros(1, dtype=torch.long, device=old.k.device)
 
     def extend(self, layer, k, v):
@@ -306,8 +308,8 @@ class Block(nn.Module):
         q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + K:]
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        if isinstance(cache, StaticCache):  # the heads that share keys are rows of one product: few kernels take a mask and shared keys both
-            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, self.head_dim), k, v, mask).view(B, H, T, self.head_dim)
+        if isinstance(cache, StaticCache):  # T is 1: heads that share keys can be rows of one product, and the fast kernels that take a mask do the rest
+            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, self.head_dim), k, v, mask).reshape(B, H, T, self.head_dim)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=H != K)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, H * self.head_dim))
@@ -346,7 +348,8 @@ class Llama(nn.Module):
         """Hidden states [B, T, D] of ids [B, T].
 
         positions [B, T]: each token's place in its own text (default 0..T-1).
-        mask [B, 1, T, S], True where a token may look; None means causal, and needs an empty cache or T = 1.
+        mask [B, 1, T, S], True where a token may look (or numbers, 0 there and -inf elsewhere); None means causal, and needs an
+            empty cache or T = 1.
         cache: a KVCache to read and extend.
         Raises UserError for a text longer than the model's context.
         """
@@ -356,16 +359,17 @@ class Llama(nn.Module):
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # [B, 1, T, C/2]
         x = self.embed(ids)  # [B, T, D]
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         again = self.recompute and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks):
-            inputs = (x, cos.to(x.dtype), sin.to(x.dtype), mask, cache, layer)
+            inputs = (x, cos, sin, mask, cache, layer)
             x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         if cache is not None:
             cache.length += ids.shape[1]
         return F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
 
     def check_fits(self, length, positions=None):
-        """Raise UserError if a text of so many tokens, padding included, is longer than the context; positions: its tokens' places without padding."""
+        """Raise UserError if a text of so many tokens, padding included, is longer than the context. positions: of its tokens, without padding."""
         if length > len(self.cos) and (positions is None or int(positions.max()) >= len(self.cos)):
             why = " (its sliding window; longer texts would see through it)" if self.config.sliding_window else ""
             raise UserError(f"text of {length} tokens is longer than the model's context of {len(self.cos)}{why}")
@@ -394,7 +398,7 @@ class Replay:
     """Decode steps of fixed shapes, which a GPU records once as CUDA graphs: hundreds of small kernels are then launched as one.
 
     A graph is made for each number of rows, rounded up to a power of two, and of places that attention reads, rounded up to
-    a multiple of PLACES; what is not real is masked out, or thrown away. It holds for one call of `generate`, for weights
+    a multiple of PLACES; what is not real is masked out, or thrown away. A graph holds for one call of `generate`, as weights
     and cache must not move. Elsewhere the same steps run unrecorded, so that tests on a CPU reach all but the recording.
     """
     PLACES = 64
@@ -404,43 +408,39 @@ class Replay:
         self.model, self.cache = model, StaticCache(cache, rows)
         device = self.cache.place.device
         self.token, self.position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
-        self.mask = torch.zeros(rows, self.cache.k.shape[3], dtype=torch.bool, device=device)
+        # Added to the scores: 0 or -inf. Whole multiples of PLACES wide, as the kernels want each row of it aligned.
+        self.mask = self.cache.k.new_empty(rows, -(-self.cache.k.shape[3] // self.PLACES) * self.PLACES)
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __call__(self, token, position, real):
         """Hidden states [U, D] of one more token [U] at position [U] of each row; real [U, length + 1]: the places it may see."""
         U, end = real.shape
-        positions = self.cache.k.shape[3]
         self.model.check_fits(end, position)
-        rows, reach = min(1 << (U - 1).bit_length(), len(self.token)), min(-(-end // self.PLACES) * self.PLACES, positions)
+        rows, reach = min(1 << (U - 1).bit_length(), len(self.token)), min(-(-end // self.PLACES) * self.PLACES, self.cache.k.shape[3])
         self.token[:U], self.position[:U] = token, position
-        self.mask.zero_()
-        self.mask[:U, :end] = real
-        self.mask[U:] = True  # rows that are nobody's see zeros, old keys and themselves: finite, and thrown away
+        self.mask.fill_(-math.inf)
+        self.mask[:U, :end].masked_fill_(real, 0)
+        self.mask[U:] = 0  # rows that are nobody's see zeros, old keys and themselves: finite, and thrown away
         self.cache.place.fill_(end - 1)
-        if self.pool is None:
-            x = self._step(rows, reach)
+        shape = (rows, reach)
+        if self.pool is None or shape not in self.graphs:  # on a GPU the first time is the warm-up that recording needs
+            x = self._step(*shape)
+            self.graphs[shape] = None
         else:
-            if (rows, reach) not in self.graphs:
-                self.graphs[rows, reach] = self._record(rows, reach)
-            graph, x = self.graphs[rows, reach]
+            self.graphs[shape] = graph, x = self.graphs[shape] or self._record(*shape)
             graph.replay()
         self.cache.length = end
         return x[:U]
 
     def _step(self, rows, reach):
-        self.cache.length, self.cache.reach = 0, reach  # the length is checked above: a recording cannot ask the GPU
-        return self.model(self.token[:rows, None], self.position[:rows, None], self.mask[:rows, None, None, :reach], self.cache)[:, 0]
+        self.cache.length, self.cache.reach = 0, reach  # length 0: the model's own check of it would have to ask the GPU, and was made above
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # not cuDNN's, which makes a plan for each new shape
+            return self.model(self.token[:rows, None], self.position[:rows, None], self.mask[:rows, None, None, :reach], self.cache)[:, 0]
 
     def _record(self, rows, reach):
-        """(graph, the states that it writes). The step may run often: it writes the same keys to the same place."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # once unrecorded, so that libraries have set themselves up
-            self._step(rows, reach)
-        torch.cuda.current_stream().wait_stream(aside)
+        """(graph, the states [rows, D] that it writes when it is replayed)."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.device(self.mask.device), torch.cuda.graph(graph, pool=self.pool):
             x = self._step(rows, reach)
         return graph, x
 
@@ -478,7 +478,7 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
     replay = Replay(model, cache, B) if model.replay else None
     if replay:
         cache, padded = replay.cache, True  # unfilled places are masked like padding
-    nodes = N
+    nodes = N  # rows of the cache that are in use
     row = torch.arange(B, device=device)  # the rows that are still going ..
     node = row // group  # .. and the node of each
     for t in range(max_new_tokens):
@@ -487,9 +487,10 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
         token = torch.multinomial(lp.exp()[node], 1, generator=generator)[:, 0] if temperature > 0 else lp.argmax(-1)[node]
         out[row, t], out_lp[row, t] = token, lp[node, token]
         ended = torch.isin(token, ends)
-        finished[row[ended]] = True
-        length[row[ended]] = t + 1
-        row, node, token = row[~ended], node[~ended], token[~ended]
+        if ended.any():
+            finished[row[ended]] = True
+            length[row[ended]] = t + 1
+            row, node, token = row[~ended], node[~ended], token[~ended]
         if len(row) == 0 or t == max_new_tokens - 1:
             break
         # A node and a token make a new node; rows that agree in both share it.

@@ -4,16 +4,18 @@
 
     decode: seconds of sampling, plain and in steps of fixed shapes (on a GPU: CUDA graphs), against what the memory's bandwidth
             allows (weights and cache read once a step, against a measured copy), and against transformers' generate with its
-            static cache; and which share of rows the two ways sample alike
+            static cache; and for how many tokens, in the median, the two ways sample alike (bfloat16 rounds, so they part)
     step:   whole steps of `selfplay.py` in the paper's setting, with a reward model of the same size; their peak memory against
             what `--dry-run` foretells
     trl:    as many games of TRL's GRPOTrainer, which generates through transformers: the same sizes, tokens and reward model,
-            float32 weights under bfloat16 autocast where ours are bfloat16 with float32 masters; no Challenger and no judge
+            no Challenger and no judge. Where ours are bfloat16 with float32 masters, twice: float32 weights under autocast, as it
+            is by default, and bfloat16 weights without masters. Answers of random weights decode to little, so rewards cost little
 
 The models are written to a temporary folder with the sizes of their published config.json; the vocabulary is the embedded
 default's (the ids that it lacks decode to nothing), or --tokenizer's.
 """
 import argparse
+import gc
 import json
 import os
 import resource
@@ -27,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU: TRL would take all that it sees
 
 import torch  # noqa: E402
 
@@ -88,12 +91,13 @@ def bench_decode(folder, device, dtype, rows, new, rounds):
     sample = lambda: llama.generate(model, prompts, 1, new, generator=torch.Generator(device).manual_seed(0), end_ids={-1})
     ours, plain = seconds(sample, device, rounds), sample().ids
     model.replay = True
-    fixed, alike = seconds(sample, device, rounds), sum(a == b for a, b in zip(plain, sample().ids)) / rows
+    fixed = seconds(sample, device, rounds)
+    alike = statistics.median(next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), new) for pair in zip(plain, sample().ids))
     c, width = model.config, max(map(len, prompts))
     weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * rows * (width + new / 2) * dtype.itemsize
     limit = new * (weights + cache) / bandwidth(device)
-    result = {"rows": rows, "new_tokens": new, "ours_s": ours, "fixed_shapes_s": fixed, "rows_alike": alike, "bandwidth_limit_s": limit, "share_of_limit": limit / min(ours, fixed)}
+    result = {"rows": rows, "new_tokens": new, "ours_s": ours, "fixed_shapes_s": fixed, "alike_tokens": alike, "bandwidth_limit_s": limit, "share_of_limit": limit / min(ours, fixed)}
     del model, sample
     try:
         from transformers import AutoModelForCausalLM
@@ -121,8 +125,8 @@ def bench_step(folder, reward, flags, rounds):
     return result | {"peak_gib": peak / 2**30, "peak_above_start_gib": (peak - (0 if cuda else resident)) / 2**30, "foretold_gib": llama.most_memory(selfplay.plan(args)) / 2**30}
 
 
-def bench_trl(folder, reward, flags, rounds):
-    """As many games with the same settings, and their peak memory."""
+def bench_trl(folder, reward, flags, rounds, weights):
+    """As many games with the same settings and about as large micro-batches, and their peak memory. weights: the dtype of its weights."""
     try:
         from datasets import Dataset
         from transformers import AutoTokenizer, TrainerCallback
@@ -130,7 +134,8 @@ def bench_trl(folder, reward, flags, rounds):
     except ImportError as error:
         return {"trl": f"not installed ({error.name})"}
     args, times = selfplay.parse_args(["--model", str(folder), "--reward", str(reward), *flags]), []
-    cuda = torch.device(args.device).type == "cuda"
+    cuda, games = torch.device(args.device).type == "cuda", args.queries * args.answers
+    size = max(d for d in range(1, games + 1) if games % d == 0 and (d == 1 or d * (args.answer_tokens + 32) <= args.micro_batch))
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -141,17 +146,19 @@ def bench_trl(folder, reward, flags, rounds):
             sync(args.device)
             times.append(time.perf_counter() - self.began)
 
+    gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else 0
     data = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{i} and {i * i}?"}] for i in range(args.queries * (rounds + 1))]})
     with tempfile.TemporaryDirectory() as temporary:
-        config = GRPOConfig(output_dir=temporary, use_cpu=not cuda, per_device_train_batch_size=args.answers, gradient_accumulation_steps=args.queries, num_generations=args.answers,
+        config = GRPOConfig(output_dir=temporary, use_cpu=not cuda, per_device_train_batch_size=size, gradient_accumulation_steps=games // size, num_generations=args.answers,
                             max_completion_length=args.answer_tokens, beta=args.kl, learning_rate=args.lr, temperature=1.0, top_k=0, scale_rewards="none", bf16=args.dtype == "bfloat16",
-                            gradient_checkpointing=args.recompute, max_steps=rounds + 1, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, seed=0)
+                            gradient_checkpointing=args.recompute, model_init_kwargs={"dtype": weights}, max_steps=rounds + 1, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, seed=0)
         GRPOTrainer(str(folder), str(reward), config, data, processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Clock()]).train()
     result = {"queries": args.queries, "answers": args.answers, "answer_tokens": args.answer_tokens, "step_s": statistics.median(times[1:])}
-    return result | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if cuda else {})
+    return result | ({"peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30} if cuda else {})
 
 
 def main():
@@ -176,9 +183,10 @@ def main():
         if "step" in args.what:
             result["step"] = bench_step(folder, reward, ["--dtype", args.dtype, "--device", args.device, *flags], args.rounds)
         if "trl" in args.what:
-            result["trl"] = bench_trl(folder, reward, ["--dtype", args.dtype, "--device", args.device, *flags], args.rounds)
-            if "step" in args.what and "step_s" in result["trl"]:
-                result["trl"]["ratio"] = result["trl"]["step_s"] / result["step"]["step_s"]
+            for weights in dict.fromkeys(("float32", args.dtype)):
+                trl = result[f"trl, {weights} weights"] = bench_trl(folder, reward, ["--dtype", args.dtype, "--device", args.device, *flags], args.rounds, weights)
+                if "step" in args.what and "step_s" in trl:
+                    trl["ratio"] = trl["step_s"] / result["step"]["step_s"]
         if "decode" in args.what:
             result["decode"] = bench_decode(folder, args.device, dtype, args.rows, args.new_tokens, args.rounds)
     print(json.dumps({k: {n: round(x, 3) if isinstance(x, float) else x for n, x in v.items()} if isinstance(v, dict) else v for k, v in result.items()}, indent=2))

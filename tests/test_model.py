@@ -45,7 +45,7 @@ def test_parity_with_transformers(tmp_path, changes):
     ids = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (ours.logits(ids) - peer(ids).logits).abs().max() < 1e-4
-        for ours.replay in (True, False):
+        for ours.replay in (True, False):  # in steps of fixed shapes, and plainly
             for prompt, row in zip(PROMPTS, generate(ours, PROMPTS, max_new_tokens=12, temperature=0).ids):
                 theirs = peer.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False)
                 assert row == theirs[0, len(prompt):].tolist()
