@@ -441,7 +441,7 @@ def plot(axis, key, data):
     """One figure of several runs on a matplotlib axis: its values pale, their mean over a twentieth of the run on top. data: {run: its read_metrics}."""
     for colour, (name, d) in zip(itertools.cycle(COLOURS), data.items()):
         if key in d:
-            axis.plot(*thin(d["step"], d[key]), color=colour, alpha=0.2, linewidth=0.7)
+            axis.plot(*thin(d["step"], d[key]), color=colour, alpha=0.35, linewidth=0.7)
             axis.plot(*thin(d["step"], smooth(d[key], 20)), color=colour, label=name)
     axis.set_title(f"{key}\n{PANELS[key]}", fontsize=9)
     axis.grid(alpha=0.25)
@@ -486,7 +486,7 @@ def draw(runs, path):
             axis.set_xticks(range(max(map(len, scores.values()))), max(scores.values(), key=len), fontsize=7, rotation=20)
     for axis in axes.flat[count:]:
         axis.axis("off")
-    figure.legend(*_legend(axes), fontsize=8, loc="outside lower center", ncols=4)
+    figure.legend(*_legend(axes), fontsize=8, loc="outside lower center", ncols=4, title="pale: each step; full: the mean over a twentieth of the run", title_fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
@@ -564,7 +564,7 @@ function show() {{  // textContent alone: nothing that a model wrote can become 
     if (game.answers) {{
       for (const a of [...game.answers].sort((x, y) => y.reward - x.reward || y.times - x.times))
         card.append(element("div", (a.answer || "(nothing)") + (a.times > 1 ? "  x" + a.times : "") + "   reward " + a.reward + (a.quality === null ? "" : ", quality " + a.quality), a.reward > 0 ? "right" : "wrong"));
-      card.append(element("div", "the Challenger's advantage " + game.challenger_advantage, "quiet"));
+      if (game.challenger_advantage !== null) card.append(element("div", "the Challenger's advantage " + game.challenger_advantage, "quiet"));
     }} else card.append(element("div", "people: " + game.answer, "right"), element("div", "opponent: " + game.rival, game.rival === game.answer ? "right" : "wrong"));
     return card;
   }}));
@@ -577,7 +577,7 @@ if (run) {{
 """
 
 HOW_TO_READ = """
-<p><b>reward</b> may fall while the model improves: the Challenger asks harder things. <b>spread</b> is the share of queries whose answers have not all
+<p>Pale: each step; full: the mean over a twentieth of the run. <b>reward</b> may fall while the model improves: the Challenger asks harder things. <b>spread</b> is the share of queries whose answers have not all
 the same reward; the others teach the Solver by the judge's differences alone. <b>valid</b> queries have a right answer at all; when fewer do, the
 Challenger has found that nonsense pays. <b>distinct</b> and <b>similarity</b> say whether it repeats itself. <b>kl</b> is the distance from the start.
 <b>entropy</b> falls as a player grows sure; if it falls while greedy accuracy stands still, the model is being sharpened and learns nothing new.
@@ -690,12 +690,14 @@ def asked_alike(runs, settings, games, asked, dot, row, rows):
 
 def first_and_last(data):
     """A text table of runs side by side: each figure's mean over the first and the last tenth of the steps, ten steps at least. data: {run: its read_metrics}."""
-    mean = lambda values: f"{sum(values) / len(values):.3g}"
-    ends = lambda values, n: f"{mean(values[:n]):>8} -> {mean(values[-n:]):<8}"
-    cells = {key: [ends(d[key], max(10, len(d[key]) // 10)) if key in d else "" for d in data.values()] for key in PANELS if any(key in d for d in data.values())}
+    mean = lambda values: f"{sum(values) / len(values):.3f}"
+    ends = lambda values, n: f"{mean(values[:n]):>7} -> {mean(values[-n:]):>7}"
+    parts = {run: max(10, len(d["step"]) // 10) if d else 0 for run, d in data.items()}
+    cells = {key: [ends(d[key], parts[run]) if key in d else "" for run, d in data.items()] for key in PANELS if any(key in d for d in data.values())}
     width = max(22, *(len(str(run)) + 2 for run in data))
     lines = [f"{key:<20}" + "".join(f"{cell:>{width}}" for cell in row) for key, row in cells.items()]
-    return "\n".join([f"{'first -> last tenth':<20}" + "".join(f"{str(run):>{width}}" for run in data), *lines])
+    steps = "tenth" if len(set(parts.values())) > 1 else f"{max(parts.values())} steps"
+    return "\n".join([f"{'first -> last ' + steps:<20}" + "".join(f"{str(run):>{width}}" for run in data), *lines])
 
 
 def report(argv):
@@ -1039,7 +1041,7 @@ def main(argv=None):
     parser.add_argument("model", nargs="+", metavar="MODEL", help="folder in Hugging Face layout, hub name, or run folder")
     parser.add_argument("--against", default=argparse.SUPPRESS, metavar="MODEL", help="also score this one, and the win rate of each MODEL against it")
     parser.add_argument("--items", type=number(int), default=1000, help="held-out instructions")
-    parser.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of the sampling")
+    parser.add_argument("--seed", type=number(int, zero=True), default=0, help="seed of the sampling: each MODEL has its own, so one that stands elsewhere in the line has other luck")
     parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="PNG", help="where to draw the curves of the runs; default: curves.png in a single run's folder, or here for several runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     parser.add_argument("--held-out", type=number(int, zero=True), default=0, metavar="K", help="which drawing of held-out instructions")

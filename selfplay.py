@@ -318,17 +318,18 @@ def watch(rows, said):
 
 
 def game_records(queries, answers, reward, quality, a_ch, valid):
-    """A step's games for games.jsonl, rounded to what a reader needs; equal answers to a query are written once. quality: None without a judge."""
+    """A step's games for games.jsonl, rounded to what a reader needs; equal answers to a query are written once. quality, a_ch: None without a judge, a Challenger."""
     records, missing = [], [None] * len(queries)
-    for q, a, r, rq, c, v in zip(queries, answers, reward.tolist(), missing if quality is None else quality.tolist(), a_ch.tolist(), valid or missing):
+    listed = lambda values: missing if values is None else values.tolist()
+    for q, a, r, rq, c, v in zip(queries, answers, reward.tolist(), listed(quality), listed(a_ch), valid or missing):
         different = Counter(zip(a, (round(x, 3) for x in r), (round(x, 3) for x in rq) if rq else [None] * len(a)))
-        records.append({"query": q, "valid": v, "challenger_advantage": round(c, 3), "answers": [
+        records.append({"query": q, "valid": v, "challenger_advantage": None if c is None else round(c, 3), "answers": [
             {"answer": text, "times": times, "reward": reward, "quality": quality} for (text, reward, quality), times in different.items()]})
     return records
 
 
 def game_text(step, query, answers, reward, quality, a_sol, pay, valid):
-    """One game as a person would want to read it. quality: None without a judge."""
+    """One game as a person would want to read it. quality, pay: None without a judge, a Challenger."""
     mark = {True: "", False: "   (no such task: it has no right answer)", None: ""}[valid]
     lines = [f"step {step}  query: {query}{mark}"]
     rows = {}
@@ -338,7 +339,7 @@ def game_text(step, query, answers, reward, quality, a_sol, pay, valid):
     for (a, r, judged, adv), same in sorted(rows.items(), key=lambda item: -item[0][3]):
         times = f" x{len(same)}" if len(same) > 1 else ""
         lines.append(f"    {(a or '(nothing)') + times:<32} reward {r:.2f}{judged}  advantage {adv:+.2f}")
-    return "\n".join(lines + [f"    the Challenger's advantage for this query: {pay:+.2f}"])
+    return "\n".join(lines + ([] if pay is None else [f"    the Challenger's advantage for this query: {pay:+.2f}"]))
 
 
 def token_logprobs(model, player, args):
@@ -565,7 +566,7 @@ def train(game, run, args):
             # From here on, for the record, what all processes played.
             queries, answers, challenger, solver, reward, quality, a_sol, a_ch = map(together, zip(*crew.all((queries, answers, challenger, solver, reward, quality, a_sol, a_ch))))
             valid = game.referee.valid(queries) if hasattr(game.referee, "valid") else None
-            quality = quality if game.judge else None
+            quality, a_ch = quality if game.judge else None, a_ch if challenger else None
             games = json.dumps({"step": step, "games": game_records(queries, answers, reward, quality, a_ch, valid)}) + "\n"
             try:
                 losses, norm = update(model, game.reference, game.optimizer, players, args, crew)
@@ -588,7 +589,7 @@ def train(game, run, args):
                     (run.folder / "warnings.txt").write_text("".join(line + "\n" for line in said.values()))
             bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
             if step % args.show_every == 0 or step == 1:
-                bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0] if game.judge else None, a_sol[0], a_ch[0].item(), valid[0] if valid else None))
+                bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0] if game.judge else None, a_sol[0], a_ch[0].item() if challenger else None, valid[0] if valid else None))
             stop = any(crew.all(bool(asked)))
             if run.due(step) or stop or step == args.steps:
                 run.checkpoint(game.optimizer, game.generator, {"step": step, "rng": game.rng.getstate(), "said": said, "recent": recent})
@@ -628,7 +629,7 @@ def main(argv=None):
             run.restore(game.model, game.optimizer, game.generator, game.rng)
         print(f"{args.game} on {args.model}: {sum(p.numel() for p in game.model.parameters()):,} parameters, "
               f"{args.queries} queries x {args.answers} answers a step, seed {args.seed}, " + (f"on from step {first} of {run.folder}" if first else f"into {run.folder}"))
-        print("the losses in metrics.jsonl stay near 0: the ratio is 1 and advantages are centred, so only KL is left; their gradient is not 0")
+        print("a loss near 0 in metrics.jsonl is normal: advantages are centred, so only the KL is left in it; its gradient is not 0")
         began = time.perf_counter()
         done = train(game, run, args)
         save(game.model, run.folder / "model")

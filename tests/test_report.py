@@ -90,4 +90,4 @@ def test_in_a_real_browser(runs):
 def test_where_the_curves_began_and_ended():
     """Twenty steps that rise from 0 to 19: the first ten's mean is 4.5, the last ten's 14.5; a figure that a run lacks is left out."""
     lines = evaluate.first_and_last({"a": {"step": [*range(20)], "reward": [float(i) for i in range(20)]}, "b": {"step": [1], "margin": [0.25]}}).splitlines()
-    assert [line.split() for line in lines] == [["first", "->", "last", "tenth", "a", "b"], ["reward", "4.5", "->", "14.5"], ["margin", "0.25", "->", "0.25"]]
+    assert [line.split() for line in lines] == [["first", "->", "last", "10", "steps", "a", "b"], ["reward", "4.500", "->", "14.500"], ["margin", "0.250", "->", "0.250"]]

@@ -394,5 +394,7 @@ def test_a_game_as_text_and_as_record():
     assert [line.split() for line in text.splitlines()[1:3]] == [["2", "x2", "reward", "1.00", "advantage", "+0.33"], ["3", "reward", "0.00", "advantage", "-0.67"]]
     judged = selfplay.game_text(3, "Add 1 or 1.", ["3", "2", ""], reward, torch.tensor([0.5, 0.5, 0.25]), advantage, -0.1, False)
     assert "no such task" in judged and "2                                reward 1.00  quality 0.50" in judged and "(nothing)" in judged
-    record = selfplay.game_records(["Add 1 and 1."], [["3", "2", "2"]], reward[None], None, torch.tensor([-0.1]), [True])[0]
+    assert "Challenger" in judged and "Challenger" not in selfplay.game_text(3, "Add 1 and 1.", ["3", "2", "2"], reward, None, advantage, None, True)
+    record = selfplay.game_records(["Add 1 and 1."], [["3", "2", "2"]], reward[None], None, None, [True])[0]
+    assert record["challenger_advantage"] is None
     assert [(a["answer"], a["times"], a["quality"]) for a in record["answers"]] == [("3", 1, None), ("2", 2, None)]
