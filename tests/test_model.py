@@ -2,6 +2,7 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,23 @@ def test_steps_of_fixed_shapes_stop_at_the_context(small, monkeypatch):
     monkeypatch.setattr(small, "replay", True)
     with pytest.raises(UserError, match="longer than the model's context of 64"):
         generate(small, [[1] * 60], max_new_tokens=20, end_ids=set())
+
+
+def test_each_shape_is_recorded_once_and_replayed(small, monkeypatch):
+    """With a stand-in for a graph: it does the step again, and writes to the tensor it wrote to when it was recorded."""
+    recorded, start = [], llama.Replay.__init__
+
+    def record(self, *shape):
+        recorded.append(shape)
+        out = self._step(*shape)
+        return SimpleNamespace(replay=lambda: out.copy_(self._step(*shape))), out
+    monkeypatch.setattr(llama.Replay, "__init__", lambda self, *args: (start(self, *args), setattr(self, "pool", "of a GPU"))[0])
+    monkeypatch.setattr(llama.Replay, "_record", record)
+    monkeypatch.setattr(llama.Replay, "PLACES", 8)
+    sample = lambda: generate(small, PROMPTS, 5, 24, generator=torch.Generator().manual_seed(4), end_ids={2, 3, 4}).ids
+    plain = sample()
+    monkeypatch.setattr(small, "replay", True)
+    assert sample() == plain and len(recorded) == len(set(recorded)) > 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs: needs a GPU")
