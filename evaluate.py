@@ -689,15 +689,17 @@ def asked_alike(runs, settings, games, asked, dot, row, rows):
 
 
 def first_and_last(data):
-    """A text table of runs side by side: each figure's mean over the first and the last tenth of the steps, ten steps at least. data: {run: its read_metrics}."""
-    mean = lambda values: f"{sum(values) / len(values):.3f}"
-    ends = lambda values, n: f"{mean(values[:n]):>7} -> {mean(values[-n:]):>7}"
-    parts = {run: max(10, len(d["step"]) // 10) if d else 0 for run, d in data.items()}
-    cells = {key: [ends(d[key], parts[run]) if key in d else "" for run, d in data.items()] for key in PANELS if any(key in d for d in data.values())}
-    width = max(22, *(len(str(run)) + 2 for run in data))
-    lines = [f"{key:<20}" + "".join(f"{cell:>{width}}" for cell in row) for key, row in cells.items()]
-    steps = "tenth" if len(set(parts.values())) > 1 else f"{max(parts.values())} steps"
-    return "\n".join([f"{'first -> last ' + steps:<20}" + "".join(f"{str(run):>{width}}" for run in data), *lines])
+    """A text table of runs side by side: each figure's mean over the first and the last tenth of the steps, or ten steps if that is more. data: {run: its read_metrics}."""
+    data = {run: d for run, d in data.items() if d}
+    if not data:
+        return "no step was finished"
+    steps = {run: min(len(d["step"]), max(10, len(d["step"]) // 10)) for run, d in data.items()}
+    mean = lambda values: f"{sum(values) / len(values):8.3f}"
+    ends = lambda values, n: f"{mean(values[:n])} -> {mean(values[-n:])}"
+    table = [("first -> last", [f"{run} ({n} steps)" for run, n in steps.items()])]
+    table += [(key, [ends(d[key], steps[run]) if key in d else "" for run, d in data.items()]) for key in PANELS if any(key in d for d in data.values())]
+    width = 2 + max(len(cell) for _, cells in table for cell in cells)
+    return "\n".join(f"{key:<20}" + "".join(f"{cell:>{width}}" for cell in cells) for key, cells in table)
 
 
 def report(argv):
@@ -887,7 +889,7 @@ def claims(r):
         ("8. How diverse do the queries stay, by pay? (share of distinct ones in a step; of pieces that two have in common; last tenth)", "", f"distinct: {end('distinct')}; in common: {end('similarity')}"),
         ("9. Does paying for the frontier (r-zero) beat as hard as possible?", verdict(frontier),
          f"r-zero less minimax {points(frontier)}; spice less minimax {points(r.gain('LSP paid spice', over='LSP'))}; groups with spread at the end: {end('spread')}"),
-        ("10. Self-play reaches chains one step longer than any in training", verdict(r.gain("LSP", "longer")),
+        ("10. Self-play reaches chains one operation longer than any in training", verdict(r.gain("LSP", "longer")),
          f"LSP {points(r.gain('LSP', 'longer'))}, GRPO {points(r.gain('GRPO on data', 'longer'))}, SPIN {points(r.gain('SPIN', 'longer'))}, from {100 * r.items(None, 'longer').mean():.1f} %"),
     ]
 
@@ -1045,7 +1047,7 @@ def main(argv=None):
     parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="PNG", help="where to draw the curves of the runs; default: curves.png in a single run's folder, or here for several runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     parser.add_argument("--held-out", type=number(int, zero=True), default=0, metavar="K", help="which drawing of held-out instructions")
-    parser.add_argument("--json", default=argparse.SUPPRESS, metavar="FILE", help="of one MODEL: write every instruction's figures there, and those on chains one step longer than any in training")
+    parser.add_argument("--json", default=argparse.SUPPRESS, metavar="FILE", help="of one MODEL: write every instruction's figures there, and those on chains one operation longer than any in training")
     parser.add_argument("--instructions", default=argparse.SUPPRESS, metavar="FILE", help="open instructions in AlpacaEval's format (a JSON list): win rate of the MODEL against --against by --reward or --judge")
     parser.add_argument("--reward", default=argparse.SUPPRESS, help="with --instructions: file.py:function, or a reward model's folder or hub name")
     parser.add_argument("--judge", default=argparse.SUPPRESS, metavar="MODEL", help="with --instructions: a chat model that is shown both answers, in both orders")

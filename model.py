@@ -250,12 +250,12 @@ class KVCache:
         self.k, self.v = self.k.index_select(1, index), self.v.index_select(1, index)
 
 
-class StaticCache(KVCache):
-    """A KVCache that stays where it is, for steps of one token: `place` [1] says where in the cache that goes, `reach` how much is read.
+class StaticCache:
+    """What a KVCache is, at fixed addresses, for steps of one token: `place` [1] is the one of S places that it is written to, `reach` how many are read.
 
-    A place is one of the S of the cache, padding included; a token's position in its text is another matter. The first rows are
-    those of `old`. Attention also reads places that are not filled, under its mask: they are 0, for what was never written may
-    be NaN, and NaN times a weight of 0 is NaN.
+    Places count padding; a token's position in its text is another matter. The first rows are those of `old`. Attention also
+    reads places that are not filled, under its mask: they are 0, for what was never written may be NaN, and NaN times a weight
+    of 0 is NaN.
     """
 
     def __init__(self, old, rows):
@@ -308,7 +308,7 @@ class Block(nn.Module):
         q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + K:]
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        if isinstance(cache, StaticCache):  # T is 1: heads that share keys can be rows of one product, and the fast kernels that take a mask do the rest
+        if isinstance(cache, StaticCache):  # T is 1: the H/K heads that share keys go in as H/K queries of one head, as the kernels that take a mask do not share keys
             y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, self.head_dim), k, v, mask).reshape(B, H, T, self.head_dim)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=H != K)
@@ -410,30 +410,33 @@ class Replay:
         self.token, self.position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
         # Added to the scores: 0 or -inf. Whole multiples of PLACES wide, as the kernels want each row of it aligned.
         self.mask = self.cache.k.new_empty(rows, -(-self.cache.k.shape[3] // self.PLACES) * self.PLACES)
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.warm, self.graphs, self.pool = set(), {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __call__(self, token, position, real):
         """Hidden states [U, D] of one more token [U] at position [U] of each row; real [U, length + 1]: the places it may see."""
         U, end = real.shape
         self.model.check_fits(end, position)
-        rows, reach = min(1 << (U - 1).bit_length(), len(self.token)), min(-(-end // self.PLACES) * self.PLACES, self.cache.k.shape[3])
-        self.token[:U], self.position[:U] = token, position
+        rows = min(1 << (U - 1).bit_length(), len(self.token))
+        reach = min(-(-end // self.PLACES) * self.PLACES, self.cache.k.shape[3])
+        self.token[:U], self.position[:U] = token, position  # the other rows are nobody's
         self.mask.fill_(-math.inf)
         self.mask[:U, :end].masked_fill_(real, 0)
-        self.mask[U:] = 0  # rows that are nobody's see zeros, old keys and themselves: finite, and thrown away
         self.cache.place.fill_(end - 1)
         shape = (rows, reach)
-        if self.pool is None or shape not in self.graphs:  # on a GPU the first time is the warm-up that recording needs
+        if self.pool is None or shape not in self.warm:  # on a GPU the first time plainly: libraries set themselves up, which cannot be recorded
+            self.warm.add(shape)
             x = self._step(*shape)
-            self.graphs[shape] = None
         else:
-            self.graphs[shape] = graph, x = self.graphs[shape] or self._record(*shape)
+            if shape not in self.graphs:
+                self.graphs[shape] = self._record(*shape)
+            graph, x = self.graphs[shape]
             graph.replay()
         self.cache.length = end
         return x[:U]
 
     def _step(self, rows, reach):
-        self.cache.length, self.cache.reach = 0, reach  # length 0: the model's own check of it would have to ask the GPU, and was made above
+        # With 0 for its length the model's own check, which would read positions back from the GPU, has nothing to do: __call__ has made it.
+        self.cache.length, self.cache.reach = 0, reach
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # not cuDNN's, which makes a plan for each new shape
             return self.model(self.token[:rows, None], self.position[:rows, None], self.mask[:rows, None, None, :reach], self.cache)[:, 0]
 
@@ -477,8 +480,8 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     replay = Replay(model, cache, B) if model.replay else None
     if replay:
-        cache, padded = replay.cache, True  # unfilled places are masked like padding
-    nodes = N  # rows of the cache that are in use
+        cache, padded = replay.cache, True  # steps of fixed shapes read more than is filled: always masked
+    U = N
     row = torch.arange(B, device=device)  # the rows that are still going ..
     node = row // group  # .. and the node of each
     for t in range(max_new_tokens):
@@ -496,8 +499,8 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
         # A node and a token make a new node; rows that agree in both share it.
         pair, node = (node * V + token).unique(return_inverse=True)
         parent, token = pair // V, pair % V  # [U]
-        if not torch.equal(parent, torch.arange(nodes, device=device)):  # otherwise each node goes on as one
-            position, real, nodes = position[parent], real[parent], len(parent)
+        if not torch.equal(parent, torch.arange(U, device=device)):  # unless every node goes on with one token, and all stay as they are
+            position, real, U = position[parent], real[parent], len(parent)
             cache.keep(parent)
         position = position + 1
         if padded:

@@ -324,7 +324,7 @@ def game_records(queries, answers, reward, quality, a_ch, valid):
     for q, a, r, rq, c, v in zip(queries, answers, reward.tolist(), listed(quality), listed(a_ch), valid or missing):
         different = Counter(zip(a, (round(x, 3) for x in r), (round(x, 3) for x in rq) if rq else [None] * len(a)))
         records.append({"query": q, "valid": v, "challenger_advantage": None if c is None else round(c, 3), "answers": [
-            {"answer": text, "times": times, "reward": reward, "quality": quality} for (text, reward, quality), times in different.items()]})
+            {"answer": text, "times": times, "reward": r, "quality": rq} for (text, r, rq), times in different.items()]})
     return records
 
 
@@ -467,7 +467,7 @@ def parse_args(argv=None):
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
     g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, more time")
     g.add_argument("--offload", action="store_true", help="keep the reference and the reward model in CPU memory while they are not asked: less GPU memory, more time (not on the CPU)")
-    g.add_argument("--cuda-graphs", action="store_true", help="record the sampler's steps as CUDA graphs and replay them: less time where launching kernels takes longest, more memory (one GPU)")
+    g.add_argument("--cuda-graphs", action="store_true", help="record the sampler's steps as CUDA graphs and replay them (on one GPU; not measured yet)")
     g.add_argument("--explain", action="store_true", help="play one step, of 3 queries x 4 answers unless told, and print it as a lesson; save nothing")
     g.add_argument("--dry-run", action="store_true", help="only say what memory these settings need and how long a step takes; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
@@ -589,7 +589,7 @@ def train(game, run, args):
                     (run.folder / "warnings.txt").write_text("".join(line + "\n" for line in said.values()))
             bar.set_postfix_str("  ".join(f"{k} {row[k]:.2f}" for k in ("reward", "quality", "malformed", "valid", "kl_solver") if k in row))
             if step % args.show_every == 0 or step == 1:
-                bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], quality[0] if game.judge else None, a_sol[0], a_ch[0].item() if challenger else None, valid[0] if valid else None))
+                bar.write("\n" + game_text(step, queries[0], answers[0], reward[0], None if quality is None else quality[0], a_sol[0], None if a_ch is None else a_ch[0].item(), valid[0] if valid else None))
             stop = any(crew.all(bool(asked)))
             if run.due(step) or stop or step == args.steps:
                 run.checkpoint(game.optimizer, game.generator, {"step": step, "rng": game.rng.getstate(), "said": said, "recent": recent})

@@ -1,11 +1,11 @@
-"""Real sizes, random weights, as JSON; needs no download. In the paper's setting, on a GPU:
+"""Real sizes, random weights, as JSON; needs no download. On a GPU, with as many queries and answers as a step of the paper has:
 
     python tests/bench_llama.py --size llama-3.2-1b --queries 8 --answers 8 --query-tokens 256 --answer-tokens 256 --micro-batch 4096 --recompute --cuda-graphs
 
     decode: seconds of sampling, plain and in steps of fixed shapes (on a GPU: CUDA graphs), against what the memory's bandwidth
             allows (weights and cache read once a step, against a measured copy), and against transformers' generate with its
             static cache; and for how many tokens, in the median, the two ways sample alike (bfloat16 rounds, so they part)
-    step:   whole steps of `selfplay.py` in the paper's setting, with a reward model of the same size; their peak memory against
+    step:   whole steps of `selfplay.py` by the flags given, else with the embedded defaults, and a reward model of the same size; their peak memory against
             what `--dry-run` foretells
     trl:    as many games of TRL's GRPOTrainer, which generates through transformers: the same sizes, tokens and reward model,
             no Challenger and no judge. Where ours are bfloat16 with float32 masters, twice: float32 weights under autocast, as it
@@ -173,7 +173,7 @@ def main():
     parser.add_argument("--tokenizer", default=str(ROOT / "tiny"), help="folder with tokenizer.json and tokenizer_config.json")
     args, flags = parser.parse_known_args()  # what is left goes to selfplay.py
     dtype = llama.DTYPES[args.dtype]
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     result = {"machine": f"{machine}, torch {torch.__version__}", "size": args.size}
     with tempfile.TemporaryDirectory() as temporary:
         folder, reward = Path(temporary) / "policy", Path(temporary) / "reward"

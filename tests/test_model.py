@@ -139,8 +139,10 @@ def test_steps_of_fixed_shapes_sample_the_same(small, monkeypatch, prompts, grou
 
 def test_steps_of_fixed_shapes_read_nothing_that_was_never_written(small, monkeypatch):
     """Memory that nobody wrote may hold NaN, and NaN times a weight of 0 is NaN."""
-    empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *args, **kwargs: empty(self, *args, **kwargs).fill_(float("nan")))
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
+        empty = getattr(owner, name)
+        nan = lambda *args, empty=empty, **kwargs: out.fill_(float("nan")) if (out := empty(*args, **kwargs)).is_floating_point() else out
+        monkeypatch.setattr(owner, name, nan)
     monkeypatch.setattr(small, "replay", True)
     out = generate(small, PROMPTS, 4, 12, generator=torch.Generator().manual_seed(4), end_ids=set())
     assert all(lp.isfinite().all() for lp in out.logprobs)

@@ -80,7 +80,7 @@ def _solve_chain(word, steps):
 
 
 def solve(query, longest=3):
-    """The one right answer (str) of a well-formed instruction; None for anything else. longest: steps that a chain may have."""
+    """The one right answer (str) of a well-formed instruction; None for anything else. longest: operations that a chain may have."""
     if m := re.fullmatch(r'Take "([a-z]{3,8})", (.+)\.', query):
         steps = m[2].split(", then ")
         return _solve_chain(m[1], steps) if len(steps) <= longest else None
@@ -155,7 +155,7 @@ def _numbers(rng):
 
 
 def draw(rng, held_out=False):
-    """An instruction: 30 % numbers, 20/25/25 % chains of one/two/three steps.
+    """An instruction: 30 % numbers, 20/25/25 % chains of one/two/three operations.
 
     rng: random.Random. held_out: draw from the tenth kept for evaluation instead of from the rest.
     """
@@ -175,7 +175,7 @@ def evaluation_set(n, seed=0):
 
 
 def longer_set(n, seed=0):
-    """n chains of four steps, one more than any that the model was trained on or that counts as well formed in a game."""
+    """n chains of four operations, one more than any that the model was trained on or that counts as well formed in a game."""
     rng, queries = random.Random(f"longer {seed}"), {}
     while len(queries) < n:
         queries[_chain(rng, 4)] = None
