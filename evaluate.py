@@ -326,10 +326,20 @@ def reopen(run):
     return folder, held, facts, tensors
 
 
+def check_name(name):
+    """Raise UserError if this cannot name a new run: asked before anything is loaded, and once more when the folder is made."""
+    folder = Path("runs") / name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise UserError(f"--run {name!r} is not a plain folder name")
+    if folder.exists():
+        go_on = f", or --resume {folder} to go on with it" if (folder / CHECKPOINT).is_file() else ""
+        raise UserError(f"{folder} exists already: choose another --run{go_on}; nothing was touched")
+
+
 def new_run(name, game, settings):
     """Make runs/<name> and write settings.json; without a name, runs/<game>-<next free number>. Never an existing folder."""
-    if name is not None and (Path(name).name != name or name in ("", ".", "..")):
-        raise UserError(f"--run {name!r} is not a plain folder name")
+    if name is not None:
+        check_name(name)
     number = 1
     while True:
         folder = Path("runs") / (name or f"{game}-{number}")
@@ -337,9 +347,8 @@ def new_run(name, game, settings):
             folder.mkdir(parents=True)
             break
         except FileExistsError:
-            if name:
-                go_on = f", or --resume {folder} to go on with it" if (folder / CHECKPOINT).is_file() else ""
-                raise UserError(f"{folder} exists already: choose another --run{go_on}; nothing was touched") from None
+            if name:  # another process was faster
+                check_name(name)
             number += 1
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error.strerror}") from None

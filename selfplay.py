@@ -486,6 +486,8 @@ def parse_args(argv=None):
         parser.set_defaults(queries=3, answers=4)
         args = parser.parse_args(argv)
     args.model = str(evaluate.model_folder(args.model))  # a run's folder stands for its model
+    if hasattr(args, "run"):
+        evaluate.check_name(args.run)
     if args.judge == "written" and not real:
         parser.error("--judge written is for models that do not speak the embedded language: that one's judge can only say a digit")
     if not real and (args.task or args.template):

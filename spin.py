@@ -317,6 +317,7 @@ def parse_args(argv=None):
     g.add_argument("--micro-batch", type=number(int), default=512, help="token positions computed at once; changes memory and speed only")
     g.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of all models; what is trained keeps its weights in float32 beside it")
     g.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass: less memory, more time")
+    g.add_argument("--cuda-graphs", action="store_true", help="record the sampler's steps as CUDA graphs and replay them (on one GPU; not measured yet)")
     g.add_argument("--explain", action="store_true", help="print one pair of one update as a lesson, from two batches of pairs unless told; save nothing")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     args = parser.parse_args(argv)
@@ -331,6 +332,10 @@ def parse_args(argv=None):
         parser.set_defaults(pairs=2 * args.batch, iterations=1)  # a lesson needs no more
         args = parser.parse_args(argv)
     args.model = str(evaluate.model_folder(args.model))  # a run's folder stands for its last iterate
+    if hasattr(args, "run"):
+        evaluate.check_name(args.run)
+    if args.cuda_graphs and not args.device.startswith("cuda"):
+        parser.error(f"--cuda-graphs needs a GPU: --device is {args.device}")
     if args.explain and args.dtype != "float32":
         parser.error("--explain shows float32 numbers: leave --dtype out")
     return args
@@ -348,7 +353,7 @@ def set_up(args):
     plan = memory_plan(read_config(args.model, args.revision), DTYPES[args.dtype], 1, 1, ROOM, args.micro_batch, args.recompute)
     check_memory(plan, args.device)
     player, tokenizer = load(args.model, args.device, DTYPES[args.dtype], args.revision)
-    player.recompute = args.recompute
+    player.recompute, player.replay = args.recompute, args.cuda_graphs
     prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
     return Game(player, tokenizer, data, prompts, answers, torch.Generator(args.device).manual_seed(args.seed), rng, fingerprint(player, data))
 

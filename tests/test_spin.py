@@ -352,7 +352,7 @@ def test_sft_and_a_file_of_data(played):
 
 @pytest.mark.parametrize("flags, says", [
     (["--iterations", "0"], "above zero"), (["--lam", "-1"], "above zero"), (["--game", "dpo"], "invalid choice"), (["--wrong"], "unrecognized"),
-    (["--data", "nowhere.jsonl"], "not readable"), (["--run", "a"], "exists already"), (["--pairs", "2.5"], "not a whole number")])
+    (["--cuda-graphs", "--device", "cpu"], "needs a GPU"), (["--data", "nowhere.jsonl"], "not readable"), (["--run", "a"], "exists already"), (["--pairs", "2.5"], "not a whole number")])
 def test_bad_input_is_one_line(played, flags, says):
     folder, _ = played
     before = sorted(p.name for p in (folder / "runs").iterdir())
