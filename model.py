@@ -52,7 +52,20 @@ class UserError(Exception):
 
 
 def run_command(main):
-    """Run a command's main: a UserError, or a full disk, becomes one line on stderr. Returns the exit code: 0, 2, or 130 after Ctrl-C."""
+    """Run a command's main: a UserError, or a full disk, becomes one line on stderr. Returns the exit code: 0, 2, or 130 after Ctrl-C.
+
+    One of several processes ends here, with that code, and not by way of the interpreter's own end: threads of gloo may then
+    still hold tensors, and letting go of one without an interpreter aborts the process (PyTorch pull request 179291).
+    """
+    code = _run(main)
+    if "RANK" in os.environ:  # see join
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(main):
     try:
         main()
         return 0

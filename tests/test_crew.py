@@ -16,7 +16,7 @@ import selfplay
 
 # Two updates on given games, by two ways of adding up: every process is handed all games and takes its share. It writes the losses and the weights.
 UPDATE = """
-import copy, sys, torch
+import copy, os, sys, torch
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
 import model as llama, selfplay
@@ -48,6 +48,7 @@ for aggregate in ("sum", "token"):
     if not crew.rank:
         torch.save((report, norm), folder + "/report.pt")
 llama.leave(crew)
+os._exit(0)  # as run_command ends one of several
 """
 
 
