@@ -1,12 +1,12 @@
 """Real sizes, random weights, as JSON; needs no download. On a GPU, with as many queries and answers as a step of the paper has:
 
-    python tests/bench_llama.py --size llama-3.2-1b --queries 8 --answers 8 --query-tokens 256 --answer-tokens 256 --micro-batch 4096 --recompute --cuda-graphs
+    python tests/bench_llama.py --size llama-3.2-1b llama-3.2-3b --queries 8 --answers 8 --query-tokens 256 --answer-tokens 256 --micro-batch 4096 --recompute --cuda-graphs
 
     decode: seconds of sampling, plain and in steps of fixed shapes (on a GPU: CUDA graphs), against what the memory's bandwidth
             allows (weights and cache read once a step, against a measured copy), and against transformers' generate with its
             static cache; and for how many tokens, in the median, the two ways sample alike (bfloat16 rounds, so they part)
     step:   whole steps of `selfplay.py` by the flags given, else with the embedded defaults, and a reward model of the same size; their peak memory against
-            what `--dry-run` foretells
+            what `--dry-run` foretells (on a CPU the peak is the process's, so of several sizes it is right for the first alone)
     trl:    as many games of TRL's GRPOTrainer, which generates through transformers: the same sizes, tokens and reward model,
             no Challenger and no judge. Where ours are bfloat16 with float32 masters, twice: float32 weights under autocast, as it
             is by default, and bfloat16 weights without masters. Answers of random weights decode to little, so rewards cost little
@@ -161,9 +161,41 @@ def bench_trl(folder, reward, flags, rounds, weights):
     return result | ({"peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30} if cuda else {})
 
 
+def measure(size, args, flags):
+    """All that --what names of one size: {what: figures}. What does not fit into the GPU says so, and the rest goes on."""
+    result, dtype, cuda = {}, llama.DTYPES[args.dtype], torch.device(args.device).type == "cuda"
+    flags = ["--dtype", args.dtype, "--device", args.device, *flags]
+
+    def take(name, work, *words):
+        try:
+            result[name] = work(*words)
+        except torch.OutOfMemoryError:
+            result[name] = {"failed": "out of memory"}
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, reward = Path(temporary) / "policy", Path(temporary) / "reward"
+        for path, score_head in ((folder, False), (reward, True)):
+            path.mkdir()
+            write(path, size, args.tokenizer, dtype, score_head)
+        if "step" in args.what:
+            take("step", bench_step, folder, reward, flags, args.rounds)
+        if "trl" in args.what:
+            for weights in dict.fromkeys(("float32", args.dtype)):
+                take(f"trl, {weights} weights", bench_trl, folder, reward, flags, args.rounds, weights)
+                trl, ours = result[f"trl, {weights} weights"], result.get("step", {})
+                if "step_s" in trl and "step_s" in ours:
+                    trl["ratio"] = trl["step_s"] / ours["step_s"]
+        if "decode" in args.what:
+            take("decode", bench_decode, folder, args.device, dtype, args.rows, args.new_tokens, args.rounds)
+    return {k: {n: round(x, 3) if isinstance(x, float) else x for n, x in v.items()} for k, v in result.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="whose published sizes")
+    parser.add_argument("--size", choices=list(SIZES), nargs="+", default=["small"], help="whose published sizes")
     parser.add_argument("--what", choices=["decode", "step", "trl"], nargs="+", default=["step", "trl", "decode"], help="what to measure")
     parser.add_argument("--rows", type=int, default=64, help="of the decoding bench")
     parser.add_argument("--new-tokens", type=int, default=512, help="of the decoding bench")
@@ -172,24 +204,9 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     parser.add_argument("--tokenizer", default=str(ROOT / "tiny"), help="folder with tokenizer.json and tokenizer_config.json")
     args, flags = parser.parse_known_args()  # what is left goes to selfplay.py
-    dtype = llama.DTYPES[args.dtype]
     machine = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    result = {"machine": f"{machine}, torch {torch.__version__}", "size": args.size}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, reward = Path(temporary) / "policy", Path(temporary) / "reward"
-        for path, score_head in ((folder, False), (reward, True)):
-            path.mkdir()
-            write(path, args.size, args.tokenizer, dtype, score_head)
-        if "step" in args.what:
-            result["step"] = bench_step(folder, reward, ["--dtype", args.dtype, "--device", args.device, *flags], args.rounds)
-        if "trl" in args.what:
-            for weights in dict.fromkeys(("float32", args.dtype)):
-                trl = result[f"trl, {weights} weights"] = bench_trl(folder, reward, ["--dtype", args.dtype, "--device", args.device, *flags], args.rounds, weights)
-                if "step" in args.what and "step_s" in trl:
-                    trl["ratio"] = trl["step_s"] / result["step"]["step_s"]
-        if "decode" in args.what:
-            result["decode"] = bench_decode(folder, args.device, dtype, args.rows, args.new_tokens, args.rounds)
-    print(json.dumps({k: {n: round(x, 3) if isinstance(x, float) else x for n, x in v.items()} if isinstance(v, dict) else v for k, v in result.items()}, indent=2))
+    for size in args.size:
+        print(json.dumps({"machine": f"{machine}, torch {torch.__version__}", "size": size} | measure(size, args, flags), indent=2), flush=True)
 
 
 if __name__ == "__main__":
