@@ -8,7 +8,6 @@ import json
 import random
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -28,10 +27,6 @@ llama.TEMPLATE_SECONDS = 1  # a template may take longer elsewhere; here a hundr
 ABSURD = [None, True, -1, 0, 1, 2.5, 1e308, float("nan"), float("inf"), 10**12, 10**30, "", "x" * 1000, "../../etc/passwd", "a\0b", "\ud800", [], {}, [[]], {"a": {}}, "default", "llama3", "llama",
           "{{ 1 // 0 }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "{{ messages.append(1) }}", "{%"]
 DEEP = "[" * 100000
-
-
-class Late(BaseException):
-    """A reader took too long. No Exception: a reader that turns errors into refusals must not swallow it."""
 
 
 def chat(folder):
@@ -118,10 +113,7 @@ def broken(data, name, rng):
 def fuzz(inputs, seed, keep=None):
     """{file: {"inputs", "taken", "refused", "failed"}} and the failures' first lines."""
     counts, failures = {name: {"inputs": 0, "taken": 0, "refused": 0, "failed": 0} for name in READERS}, []
-
-    def late(*_):
-        raise Late(f"more than {SECONDS} seconds")
-    before = signal.signal(signal.SIGALRM, late)
+    late = f"more than {SECONDS} seconds"
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -135,26 +127,22 @@ def fuzz(inputs, seed, keep=None):
             (folder / name).write_bytes(data)
             if name.endswith("index.json"):
                 (folder / "model.safetensors").unlink()
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
             counts[name]["inputs"] += 1
             try:
-                READERS[name](folder)
-                counts[name]["taken"] += 1
-            except llama.UserError as error:
-                assert "\n" not in str(error), error
-                counts[name]["refused"] += 1
+                with llama.time_limit(SECONDS, late):
+                    READERS[name](folder)
+                verdict = "taken"
+            except KeyboardInterrupt:
+                raise
             except BaseException as error:  # whatever it is, it is what this looks for
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                counts[name]["failed"] += 1
-                failures.append(f"{name}: {type(error).__name__}: {str(error)[:150]}")
-                if keep:
-                    (Path(keep) / f"{len(failures)}-{name}").write_bytes(data)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                (folder / name).write_bytes(originals[name])
-                (folder / "model.safetensors").write_bytes(originals["model.safetensors"])
-    signal.signal(signal.SIGALRM, before)
+                verdict = "refused" if isinstance(error, llama.UserError) and str(error) != late and "\n" not in str(error) else "failed"
+                if verdict == "failed":
+                    failures.append(f"{name}: {type(error).__name__}: {str(error)[:150]}")
+                    if keep:
+                        (Path(keep) / f"{len(failures)}-{name}").write_bytes(data)
+            counts[name][verdict] += 1
+            (folder / name).write_bytes(originals[name])
+            (folder / "model.safetensors").write_bytes(originals["model.safetensors"])
     return counts, failures
 
 
