@@ -327,19 +327,17 @@ def reopen(run):
 
 
 def check_name(name):
-    """Raise UserError if this cannot name a new run: asked before anything is loaded, and once more when the folder is made."""
+    """Raise UserError if this cannot name a new run: asked before anything is loaded."""
     folder = Path("runs") / name
     if Path(name).name != name or name in ("", ".", ".."):
         raise UserError(f"--run {name!r} is not a plain folder name")
-    if folder.exists():
+    if os.path.lexists(folder):  # a link that leads nowhere, too
         go_on = f", or --resume {folder} to go on with it" if (folder / CHECKPOINT).is_file() else ""
         raise UserError(f"{folder} exists already: choose another --run{go_on}; nothing was touched")
 
 
 def new_run(name, game, settings):
-    """Make runs/<name> and write settings.json; without a name, runs/<game>-<next free number>. Never an existing folder."""
-    if name is not None:
-        check_name(name)
+    """Make runs/<name> and write settings.json; without a name, runs/<game>-<next free number>. Never an existing folder. name: see check_name."""
     number = 1
     while True:
         folder = Path("runs") / (name or f"{game}-{number}")
@@ -347,7 +345,7 @@ def new_run(name, game, settings):
             folder.mkdir(parents=True)
             break
         except FileExistsError:
-            if name:  # another process was faster
+            if name:  # made since then, by another process
                 check_name(name)
             number += 1
         except OSError as error:
@@ -586,9 +584,9 @@ if (run) {{
 """
 
 HOW_TO_READ = """
-<p>Pale: each step; full: the mean over a twentieth of the run. <b>reward</b> may fall while the model improves: the Challenger asks harder things. <b>spread</b> is the share of queries whose answers have not all
-the same reward; the others teach the Solver by the judge's differences alone. <b>valid</b> queries have a right answer at all; when fewer do, the
-Challenger has found that nonsense pays. <b>distinct</b> and <b>similarity</b> say whether it repeats itself. <b>kl</b> is the distance from the start.
+<p>Pale: each step; full: the mean over a twentieth of the run. <b>reward</b> may fall while the model improves: the Challenger asks harder things.
+<b>spread</b> is the share of queries whose answers have not all the same reward; the others teach the Solver by the judge's differences alone.
+<b>valid</b> queries have a right answer at all; when fewer do, the Challenger has found that nonsense pays. <b>distinct</b> and <b>similarity</b> say whether it repeats itself. <b>kl</b> is the distance from the start.
 <b>entropy</b> falls as a player grows sure; if it falls while greedy accuracy stands still, the model is being sharpened and learns nothing new.
 <b>agreement</b>: one half is chance; when it falls, the judge and the truth part. In SPIN, <b>loss</b> begins each iteration at log 2, and both
 <b>logprob</b> figures may fall: only the margin between them is trained.</p>"""
@@ -702,11 +700,9 @@ def first_and_last(data):
     data = {run: d for run, d in data.items() if d}
     if not data:
         return "no step was finished"
-    steps = {run: min(len(d["step"]), max(10, len(d["step"]) // 10)) for run, d in data.items()}
-    mean = lambda values: f"{sum(values) / len(values):8.3f}"
-    ends = lambda values, n: f"{mean(values[:n])} -> {mean(values[-n:])}"
-    table = [("first -> last", [f"{run} ({n} steps)" for run, n in steps.items()])]
-    table += [(key, [ends(d[key], steps[run]) if key in d else "" for run, d in data.items()]) for key in PANELS if any(key in d for d in data.values())]
+    ends = lambda curve: f"{_tenth(curve, False, 10):8.3f} -> {_tenth(curve, True, 10):8.3f}"
+    table = [("first -> last", list(map(str, data)))]
+    table += [(key, [ends(d[key]) if key in d else "" for d in data.values()]) for key in PANELS if any(key in d for d in data.values())]
     width = 2 + max(len(cell) for _, cells in table for cell in cells)
     return "\n".join(f"{key:<20}" + "".join(f"{cell:>{width}}" for cell in cells) for key, cells in table)
 
@@ -725,6 +721,7 @@ def report(argv):
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise UserError(f"--out {path}: expected a file's path in a folder that exists")
     write_page(args.run, path, args.ask)
+    print("means of the first and of the last tenth of the steps (ten of them at the least):\n")
     print(first_and_last({run: read_metrics(run) for run in args.run}))
     print(f"\nopen it in a browser: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
@@ -851,9 +848,9 @@ class Results:
         return seeds_and_items(torch.tensor([[_tenth(a[key], True) - _tenth(b[key], bool(over))] for a, b in pairs]))
 
 
-def _tenth(curve, last):
-    """Mean of a curve's last tenth, or of its first."""
-    k = max(1, len(curve) // 10)
+def _tenth(curve, last, least=1):
+    """Mean of a curve's last tenth, or of its first: of so many values at the least, if it has them."""
+    k = min(len(curve), max(least, len(curve) // 10))
     return sum(curve[-k:] if last else curve[:k]) / k
 
 

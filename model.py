@@ -363,7 +363,7 @@ class Llama(nn.Module):
         positions [B, T]: each token's place in its own text (default 0..T-1).
         mask [B, 1, T, S], True where a token may look (or numbers, 0 there and -inf elsewhere); None means causal, and needs an
             empty cache or T = 1.
-        cache: a KVCache to read and extend.
+        cache: a KVCache or StaticCache to read and extend.
         Raises UserError for a text longer than the model's context.
         """
         past = cache.length if cache else 0

@@ -204,6 +204,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
     parser.add_argument("--tokenizer", default=str(ROOT / "tiny"), help="folder with tokenizer.json and tokenizer_config.json")
     args, flags = parser.parse_known_args()  # what is left goes to selfplay.py
+    if flags and args.what == ["decode"]:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     machine = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     for size in args.size:
         print(json.dumps({"machine": f"{machine}, torch {torch.__version__}", "size": size} | measure(size, args, flags), indent=2), flush=True)

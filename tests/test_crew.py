@@ -137,3 +137,16 @@ def test_queries_that_cannot_be_shared_out_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(selfplay, "join", lambda device: (llama.Crew(0, 2), device))
     done = command(selfplay, tmp_path, *FLAGS, "--queries", "3")
     assert done.returncode == 2 and "share --queries out evenly" in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_one_of_several_ends_without_the_interpreters_own_end(monkeypatch, capsys):
+    """Where gloo's threads may abort it; a process alone returns its exit code."""
+    def fails():
+        raise llama.UserError("no luck")
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.delenv("RANK", raising=False)
+    assert llama.run_command(fails) == 2 and not ended
+    monkeypatch.setenv("RANK", "1")
+    llama.run_command(fails)
+    assert ended == [2] and "no luck" in capsys.readouterr().err

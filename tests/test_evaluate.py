@@ -8,6 +8,8 @@ import torch
 from conftest import ROOT, command
 
 import evaluate
+import selfplay
+import spin
 from evaluate import answer, bootstrap, duel, duel_table, new_run, read_data, summary, wilson, win_rate
 from model import UserError
 from rewards import PairJudge
@@ -121,8 +123,18 @@ def test_open_instructions_from_the_command_line(tmp_path, tiny):
 def test_runs_are_numbered_and_never_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [str(new_run(None, "lsp", {})) for _ in range(2)] == ["runs/lsp-1", "runs/lsp-2"]
-    with pytest.raises(UserError, match="exists already"):
-        new_run("lsp-1", "lsp", {})
+    (tmp_path / "runs" / "link").symlink_to("nowhere")
+    for taken in ("lsp-1", "link"):
+        with pytest.raises(UserError, match="exists already"):
+            new_run(taken, "lsp", {})
+
+
+@pytest.mark.parametrize("module", [selfplay, spin])
+def test_a_taken_name_is_refused_before_anything_is_loaded(module, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    monkeypatch.setattr(module, "set_up", lambda *_: pytest.fail("loads first"))
+    done = command(module, tmp_path, "--model", str(ROOT / "tiny"), "--run", "taken")
+    assert done.returncode == 2 and "exists already" in done.stderr
 
 
 def test_the_start_has_room_to_grow(tiny):
