@@ -1,18 +1,27 @@
-"""Real sizes, random weights, as JSON; needs no download. On a GPU, with as many queries and answers as a step of the paper has:
+"""Real sizes, random weights, as JSON; needs no download.
 
-    python tests/bench_llama.py --size llama-3.2-1b llama-3.2-3b --queries 8 --answers 8 --query-tokens 256 --answer-tokens 256 --micro-batch 4096 --recompute --cuda-graphs
+On a GPU, with as many queries and answers as a step of the paper has:
 
-    decode: seconds of sampling, plain and in steps of fixed shapes (on a GPU: CUDA graphs), against what the memory's bandwidth
-            allows (weights and cache read once a step, against a measured copy), and against transformers' generate with its
-            static cache; and for how many tokens, in the median, the two ways sample alike (bfloat16 rounds, so they part)
-    step:   whole steps of `selfplay.py` by the flags given, else with the embedded defaults, and a reward model of the same size; their peak memory against
-            what `--dry-run` foretells (on a CPU the peak is the process's, so of several sizes it is right for the first alone)
-    trl:    as many games of TRL's GRPOTrainer, which generates through transformers: the same sizes, tokens and reward model,
-            no Challenger and no judge. Where ours are bfloat16 with float32 masters, twice: float32 weights under autocast, as it
-            is by default, and bfloat16 weights without masters. Answers of random weights decode to little, so rewards cost little
+    python tests/bench_llama.py --size llama-3.2-1b llama-3.2-3b --queries 8 --answers 8 \\
+        --query-tokens 256 --answer-tokens 256 --micro-batch 4096 --recompute --cuda-graphs
 
-The models are written to a temporary folder with the sizes of their published config.json; the vocabulary is the embedded
-default's (the ids that it lacks decode to nothing), or --tokenizer's.
+    decode: seconds of sampling, plain and in steps of fixed shapes (on a GPU: CUDA graphs). They
+            are compared with what the memory's bandwidth allows, where weights and cache are read
+            once a step and the bandwidth is measured with a copy. They are also compared with
+            transformers' generate with its static cache. alike_tokens is the number of tokens, in
+            the median, for which the two ways sample the same. They part because bfloat16 rounds.
+    step:   whole steps of `selfplay.py` with the flags given, or else with the embedded defaults,
+            and a reward model of the same size. Their peak memory is compared with the estimate
+            of `--dry-run`. On a CPU the peak is the process's, so of several sizes only the first
+            has the right one.
+    trl:    the same number of games with TRL's GRPOTrainer, which generates through transformers.
+            Sizes, tokens and reward model are the same; there is no Challenger and no judge.
+            Where ours are bfloat16 with float32 masters, it runs twice: with float32 weights under
+            autocast, as is its default, and with bfloat16 weights without masters. Answers of
+            random weights decode to short texts, so rewards cost little.
+
+The models are written to a temporary folder, with the sizes of their published config.json. The
+vocabulary is the embedded default's, or --tokenizer's. Ids that it lacks decode to nothing.
 """
 import argparse
 import gc
@@ -29,29 +38,43 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU: TRL would take all that it sees
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU: TRL would use every GPU that it sees
 
 import torch  # noqa: E402
 
 import model as llama  # noqa: E402
 import selfplay  # noqa: E402
 
-LLAMA3 = {"rope_theta": 500000.0, "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "tie_word_embeddings": True,
-          "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}}
+LLAMA3 = {
+    "rope_theta": 500000.0, "vocab_size": 128256, "num_key_value_heads": 8,
+    "max_position_embeddings": 131072, "tie_word_embeddings": True,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192},
+}
 SIZES = {  # from the published config.json of each
-    "llama-3.2-1b": LLAMA3 | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
-    "llama-3.2-3b": LLAMA3 | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
-    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-                     "vocab_size": 49152, "rope_theta": 100000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True},
-    "small": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-              "vocab_size": 1000, "rope_theta": 10000.0, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+    "llama-3.2-1b": LLAMA3 | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "head_dim": 64},
+    "llama-3.2-3b": LLAMA3 | {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "head_dim": 128},
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+        "rope_theta": 100000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True},
+    "small": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000,
+        "rope_theta": 10000.0, "max_position_embeddings": 1024, "tie_word_embeddings": True},
 }
 
 
 def write(folder, size, tokenizer, dtype, score_head):
     """A model folder with random weights."""
     kind = "LlamaForSequenceClassification" if score_head else "LlamaForCausalLM"
-    raw = SIZES[size] | {"model_type": "llama", "architectures": [kind], "hidden_act": "silu", "rms_norm_eps": 1e-5, "eos_token_id": 3}
+    raw = SIZES[size] | {"model_type": "llama", "architectures": [kind], "hidden_act": "silu",
+                         "rms_norm_eps": 1e-5, "eos_token_id": 3}
     torch.manual_seed(int(score_head))
     model = llama.Llama(llama.Config.from_json(raw), raw).to(dtype)
     model.folder = folder
@@ -60,9 +83,18 @@ def write(folder, size, tokenizer, dtype, score_head):
     llama.save(model, folder)
 
 
+def on_gpu(device):
+    return torch.device(device).type == "cuda"
+
+
 def sync(device):
-    if torch.device(device).type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize()
+
+
+def process_peak():
+    """The largest memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def seconds(work, device, rounds):
@@ -79,63 +111,113 @@ def seconds(work, device, rounds):
 
 def bandwidth(device):
     """Bytes a second that a large copy reads and writes."""
-    a = torch.empty(2**28 if torch.device(device).type == "cuda" else 2**26, dtype=torch.float32, device=device)
+    a = torch.empty(2**28 if on_gpu(device) else 2**26, dtype=torch.float32, device=device)
     b = torch.empty_like(a)
     return 2 * a.numel() * 4 / seconds(lambda: b.copy_(a), device, 5)
 
 
-def bench_decode(folder, device, dtype, rows, new, rounds):
+def alike(one, other):
+    """For how many tokens two answers are the same."""
+    for i, (a, b) in enumerate(zip(one, other)):
+        if a != b:
+            return i
+    return len(one)
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def decode_ours(folder, device, dtype, rows, new, rounds):
+    """(figures, prompts). The model's memory is free again when this returns."""
     model, tokenizer = llama.load(folder, device, dtype)
-    # Different prompts, so that no row can lean on another's work.
-    prompts = [tokenizer.chat([{"role": "user", "content": f"{i} and {i * i}?"}]) for i in range(rows)]
-    sample = lambda: llama.generate(model, prompts, 1, new, generator=torch.Generator(device).manual_seed(0), end_ids={-1})
+    # The prompts are different, so that no row can profit from another row's work.
+    prompts = [tokenizer.chat(user(f"{i} and {i * i}?")) for i in range(rows)]
+
+    def sample():
+        generator = torch.Generator(device).manual_seed(0)
+        return llama.generate(model, prompts, 1, new, generator=generator, end_ids={-1})
     ours, plain = seconds(sample, device, rounds), sample().ids
     model.replay = True
     fixed = seconds(sample, device, rounds)
-    alike = statistics.median(next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), new) for pair in zip(plain, sample().ids))
+    alike_tokens = statistics.median(alike(*pair) for pair in zip(plain, sample().ids))
     c, width = model.config, max(map(len, prompts))
     weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * rows * (width + new / 2) * dtype.itemsize
+    positions = rows * (width + new / 2)
+    cache = (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * positions
+             * dtype.itemsize)
     limit = new * (weights + cache) / bandwidth(device)
-    result = {"rows": rows, "new_tokens": new, "ours_s": ours, "fixed_shapes_s": fixed, "alike_tokens": alike, "bandwidth_limit_s": limit, "share_of_limit": limit / min(ours, fixed)}
-    del model, sample
+    result = {"rows": rows, "new_tokens": new, "ours_s": ours, "fixed_shapes_s": fixed,
+              "alike_tokens": alike_tokens, "bandwidth_limit_s": limit,
+              "share_of_limit": limit / min(ours, fixed)}
+    return result, prompts
+
+
+def bench_decode(folder, device, dtype, rows, new, rounds):
+    result, prompts = decode_ours(folder, device, dtype, rows, new, rounds)
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         return result | {"transformers": "not installed"}
     peer = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    theirs = seconds(lambda: peer.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                           cache_implementation="static", pad_token_id=0), device, rounds)
-    return result | {"transformers_s": theirs, "ratio": theirs / min(ours, fixed)}
+
+    def peer_sample():
+        peer.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new,
+                      do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                      cache_implementation="static", pad_token_id=0)
+    theirs = seconds(peer_sample, device, rounds)
+    ratio = theirs / min(result["ours_s"], result["fixed_shapes_s"])
+    return result | {"transformers_s": theirs, "ratio": ratio}
+
+
+def parsed(folder, reward, flags):
+    return selfplay.parse_args(["--model", str(folder), "--reward", str(reward), *flags])
+
+
+def sizes(args):
+    return {"queries": args.queries, "answers": args.answers, "answer_tokens": args.answer_tokens}
 
 
 def bench_step(folder, reward, flags, rounds):
     """A whole step, as selfplay.py plays it, and its peak memory."""
-    args = selfplay.parse_args(["--model", str(folder), "--reward", str(reward), *flags])
-    device, cuda = args.device, torch.device(args.device).type == "cuda"
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    args = parsed(folder, reward, flags)
+    device, cuda = args.device, on_gpu(args.device)
+    resident = process_peak()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     game = selfplay.set_up(args, device)
-    step = lambda: selfplay.one_step(game, args)
-    result = {"queries": args.queries, "answers": args.answers, "answer_tokens": args.answer_tokens, "dtype": args.dtype, "step_s": seconds(step, device, rounds)}
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return result | {"peak_gib": peak / 2**30, "peak_above_start_gib": (peak - (0 if cuda else resident)) / 2**30, "foretold_gib": llama.most_memory(selfplay.plan(args)) / 2**30}
+    step_s = seconds(lambda: selfplay.one_step(game, args), device, rounds)
+    peak = torch.cuda.max_memory_allocated() if cuda else process_peak()
+    above_start = peak - (0 if cuda else resident)
+    foretold = llama.most_memory(selfplay.plan(args))
+    return sizes(args) | {
+        "dtype": args.dtype, "step_s": step_s, "peak_gib": peak / 2**30,
+        "peak_above_start_gib": above_start / 2**30, "foretold_gib": foretold / 2**30}
+
+
+def batch_size(args):
+    """The size of TRL's micro-batch: it divides the games, and is about as large as ours."""
+    games, tokens = args.queries * args.answers, args.answer_tokens + 32
+    divisors = [d for d in range(1, games + 1) if games % d == 0]
+    return max(d for d in divisors if d == 1 or d * tokens <= args.micro_batch)
 
 
 def bench_trl(folder, reward, flags, rounds, weights):
-    """As many games with the same settings and about as large micro-batches, and their peak memory. weights: the dtype of its weights."""
+    """The same number of games with the same settings, and their peak memory.
+
+    weights: the dtype of TRL's weights.
+    """
     try:
         from datasets import Dataset
         from transformers import AutoTokenizer, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
         return {"trl": f"not installed ({error.name})"}
-    args, times = selfplay.parse_args(["--model", str(folder), "--reward", str(reward), *flags]), []
-    cuda, games = torch.device(args.device).type == "cuda", args.queries * args.answers
-    size = max(d for d in range(1, games + 1) if games % d == 0 and (d == 1 or d * (args.answer_tokens + 32) <= args.micro_batch))
+    args, times = parsed(folder, reward, flags), []
+    cuda, size = on_gpu(args.device), batch_size(args)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -151,19 +233,38 @@ def bench_trl(folder, reward, flags, rounds, weights):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else 0
-    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{i} and {i * i}?"}] for i in range(args.queries * (rounds + 1))]})
+    prompts = [user(f"{i} and {i * i}?") for i in range(args.queries * (rounds + 1))]
+    data = Dataset.from_dict({"prompt": prompts})
     with tempfile.TemporaryDirectory() as temporary:
-        config = GRPOConfig(output_dir=temporary, use_cpu=not cuda, per_device_train_batch_size=size, gradient_accumulation_steps=games // size, num_generations=args.answers,
-                            max_completion_length=args.answer_tokens, beta=args.kl, learning_rate=args.lr, temperature=1.0, top_k=0, scale_rewards="none", bf16=args.dtype == "bfloat16",
-                            gradient_checkpointing=args.recompute, model_init_kwargs={"dtype": weights}, max_steps=rounds + 1, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, seed=0)
-        GRPOTrainer(str(folder), str(reward), config, data, processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Clock()]).train()
-    result = {"queries": args.queries, "answers": args.answers, "answer_tokens": args.answer_tokens, "step_s": statistics.median(times[1:])}
-    return result | ({"peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30} if cuda else {})
+        config = GRPOConfig(
+            output_dir=temporary, use_cpu=not cuda, per_device_train_batch_size=size,
+            gradient_accumulation_steps=args.queries * args.answers // size,
+            num_generations=args.answers, max_completion_length=args.answer_tokens,
+            beta=args.kl, learning_rate=args.lr, temperature=1.0, top_k=0, scale_rewards="none",
+            bf16=args.dtype == "bfloat16", gradient_checkpointing=args.recompute,
+            model_init_kwargs={"dtype": weights}, max_steps=rounds + 1, report_to="none",
+            logging_strategy="no", save_strategy="no", disable_tqdm=True, seed=0,
+        )
+        trainer = GRPOTrainer(
+            str(folder), str(reward), config, data,
+            processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Clock()])
+        trainer.train()
+    result = sizes(args) | {"step_s": statistics.median(times[1:])}
+    if cuda:
+        result["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return result
+
+
+def rounded(figures):
+    return {name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()}
 
 
 def measure(size, args, flags):
-    """All that --what names of one size: {what: figures}. What does not fit into the GPU says so, and the rest goes on."""
-    result, dtype, cuda = {}, llama.DTYPES[args.dtype], torch.device(args.device).type == "cuda"
+    """All that --what names, of one size: {what: figures}.
+
+    If something does not fit into the GPU's memory, its figures say so and the rest goes on.
+    """
+    result, dtype = {}, llama.DTYPES[args.dtype]
     flags = ["--dtype", args.dtype, "--device", args.device, *flags]
 
     def take(name, work, *words):
@@ -172,7 +273,7 @@ def measure(size, args, flags):
         except torch.OutOfMemoryError:
             result[name] = {"failed": "out of memory"}
         gc.collect()
-        if cuda:
+        if on_gpu(args.device):
             torch.cuda.empty_cache()
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -184,31 +285,43 @@ def measure(size, args, flags):
             take("step", bench_step, folder, reward, flags, args.rounds)
         if "trl" in args.what:
             for weights in dict.fromkeys(("float32", args.dtype)):
-                take(f"trl, {weights} weights", bench_trl, folder, reward, flags, args.rounds, weights)
-                trl, ours = result[f"trl, {weights} weights"], result.get("step", {})
+                name = f"trl, {weights} weights"
+                take(name, bench_trl, folder, reward, flags, args.rounds, weights)
+                trl, ours = result[name], result.get("step", {})
                 if "step_s" in trl and "step_s" in ours:
                     trl["ratio"] = trl["step_s"] / ours["step_s"]
         if "decode" in args.what:
-            take("decode", bench_decode, folder, args.device, dtype, args.rows, args.new_tokens, args.rounds)
-    return {k: {n: round(x, 3) if isinstance(x, float) else x for n, x in v.items()} for k, v in result.items()}
+            take("decode", bench_decode, folder, args.device, dtype, args.rows, args.new_tokens,
+                 args.rounds)
+    return {name: rounded(figures) for name, figures in result.items()}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), nargs="+", default=["small"], help="whose published sizes")
-    parser.add_argument("--what", choices=["decode", "step", "trl"], nargs="+", default=["step", "trl", "decode"], help="what to measure")
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), nargs="+", default=["small"],
+                        help="whose published sizes")
+    parser.add_argument("--what", choices=["decode", "step", "trl"], nargs="+",
+                        default=["step", "trl", "decode"], help="what to measure")
     parser.add_argument("--rows", type=int, default=64, help="of the decoding bench")
     parser.add_argument("--new-tokens", type=int, default=512, help="of the decoding bench")
     parser.add_argument("--rounds", type=int, default=3, help="medians are over so many")
-    parser.add_argument("--dtype", choices=list(llama.DTYPES), default="bfloat16" if torch.cuda.is_available() else "float32", help="of all models")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ..")
-    parser.add_argument("--tokenizer", default=str(ROOT / "tiny"), help="folder with tokenizer.json and tokenizer_config.json")
+    parser.add_argument("--dtype", choices=list(llama.DTYPES),
+                        default="bfloat16" if cuda else "float32", help="of all models")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, ..")
+    parser.add_argument("--tokenizer", default=str(ROOT / "tiny"),
+                        help="folder with tokenizer.json and tokenizer_config.json")
     args, flags = parser.parse_known_args()  # what is left goes to selfplay.py
     if flags and args.what == ["decode"]:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    machine = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    machine = f"CPU, {torch.get_num_threads()} threads"
+    if on_gpu(args.device):
+        machine = torch.cuda.get_device_name()
     for size in args.size:
-        print(json.dumps({"machine": f"{machine}, torch {torch.__version__}", "size": size} | measure(size, args, flags), indent=2), flush=True)
+        figures = {"machine": f"{machine}, torch {torch.__version__}", "size": size}
+        print(json.dumps(figures | measure(size, args, flags), indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Feed broken files to everything that reads files: `python tests/fuzz.py --inputs 100000` prints JSON.
+"""Feed broken files to everything that reads files: `python tests/fuzz.py --inputs 100000`.
 
-A whole file is broken at random, as bytes (cut, flipped, repeated, spliced) or as JSON (a value replaced by an absurd one), and read. A reader may
-take it, or raise UserError; anything else, more than SECONDS, or more than MEMORY, is a failure, and its input is kept in --keep.
+A whole file is broken at random and then read. It is broken as bytes (cut, flipped, repeated,
+spliced) or as JSON (a value is replaced by an absurd one). A reader may take the file, or raise
+UserError. Anything else is a failure, and so is taking more than SECONDS or more than MEMORY. The
+inputs that failed are kept in --keep. The result is printed as JSON.
 """
 import argparse
 import json
@@ -23,9 +25,15 @@ import model as llama  # noqa: E402
 import selfplay  # noqa: E402
 
 SECONDS, MEMORY = 5, 4 * 2**30
-llama.TEMPLATE_SECONDS = 1  # a template may take longer elsewhere; here a hundred hostile ones wait their turn
-ABSURD = [None, True, -1, 0, 1, 2.5, 1e308, float("nan"), float("inf"), 10**12, 10**30, "", "x" * 1000, "../../etc/passwd", "a\0b", "\ud800", [], {}, [[]], {"a": {}}, "default", "llama3", "llama",
-          "{{ 1 // 0 }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "{{ messages.append(1) }}", "{%"]
+llama.TEMPLATE_SECONDS = 1  # the usual limit is longer, and there are a hundred hostile templates
+LOOP = "{% for i in range(99999) %}"
+ABSURD = [
+    None, True, -1, 0, 1, 2.5, 1e308, float("nan"), float("inf"), 10**12, 10**30,
+    "", "x" * 1000, "../../etc/passwd", "a\0b", "\ud800", [], {}, [[]], {"a": {}},
+    "default", "llama3", "llama", "{{ 1 // 0 }}",
+    LOOP + "{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    LOOP + "{{ 'x' * 9999 }}{% endfor %}", "{{ messages.append(1) }}", "{%",
+]
 DEEP = "[" * 100000
 
 
@@ -42,31 +50,57 @@ def weights(folder):
     llama.load(folder)
 
 
-# What is broken -> how it is read. Folders hold whole files otherwise.
-READERS = {"config.json": lambda folder: llama.load(folder), "generation_config.json": weights, "model.safetensors": weights, "model.safetensors.index.json": weights,
-           "tokenizer.json": chat, "tokenizer_config.json": chat, "data.jsonl": lambda folder: evaluate.read_data(folder / "data.jsonl"),
-           "instructions.json": lambda folder: evaluate.read_instructions(folder / "instructions.json"), "metrics.jsonl": lambda folder: evaluate.read_metrics(folder),
-           "games.jsonl": lambda folder: evaluate.read_games(folder), "settings.json": lambda folder: selfplay.parse_args(["--resume", str(folder)]), evaluate.CHECKPOINT: state}
+# The file that is broken, and how it is read. All other files of the folder are whole.
+READERS = {
+    "config.json": weights,
+    "generation_config.json": weights,
+    "model.safetensors": weights,
+    "model.safetensors.index.json": weights,
+    "tokenizer.json": chat,
+    "tokenizer_config.json": chat,
+    "data.jsonl": lambda folder: evaluate.read_data(folder / "data.jsonl"),
+    "instructions.json":
+        lambda folder: evaluate.read_instructions(folder / "instructions.json"),
+    "metrics.jsonl": lambda folder: evaluate.read_metrics(folder),
+    "games.jsonl": lambda folder: evaluate.read_games(folder),
+    "settings.json": lambda folder: selfplay.parse_args(["--resume", str(folder)]),
+    evaluate.CHECKPOINT: state,
+}
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value))
 
 
 def whole(folder):
     """A small model, a run's files and data, all whole."""
     torch.manual_seed(0)
     model, _ = llama.load(ROOT / "tiny")
-    raw = model.raw | {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    raw = model.raw | {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     small = llama.Llama(llama.Config.from_json(raw), raw)
     small.folder = ROOT / "tiny"
     llama.save(small, folder)
     with llama.safe_open(folder / "model.safetensors", "pt") as file:
         names = list(file.keys())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": {n: "shard.safetensors" for n in names}}))
+    write_json(folder / "model.safetensors.index.json", {
+        "metadata": {"total_size": 1},
+        "weight_map": {name: "shard.safetensors" for name in names}})
     shutil.copy(folder / "model.safetensors", folder / "shard.safetensors")
-    (folder / "data.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n'
-                                       '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}]}\n')
-    (folder / "instructions.json").write_text('[{"instruction": "a", "dataset": "b"}, {"instruction": "c"}]')
-    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.25}\n')
-    (folder / "games.jsonl").write_text('{"step": 1, "games": [{"query": "q", "valid": true, "challenger_advantage": 0.1, "answers": []}]}\n' * 3)
-    (folder / "settings.json").write_text(json.dumps({"game": "lsp", "lr": 0.1, "torch": "2"}))
+    (folder / "data.jsonl").write_text(
+        '{"prompt": "a", "answer": "b"}\n'
+        '{"question": "c", "answer": "d"}\n'
+        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},'
+        ' {"role": "assistant", "content": "v"}]}\n')
+    write_json(folder / "instructions.json", [
+        {"instruction": "a", "dataset": "b"}, {"instruction": "c"}])
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "reward": 0.5}\n'
+        '{"step": 2, "reward": 0.25}\n')
+    game = {"query": "q", "valid": True, "challenger_advantage": 0.1, "answers": []}
+    (folder / "games.jsonl").write_text((json.dumps({"step": 1, "games": [game]}) + "\n") * 3)
+    write_json(folder / "settings.json", {"game": "lsp", "lr": 0.1, "torch": "2"})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
     llama.save_state(folder / evaluate.CHECKPOINT, optimizer, torch.Generator(), {"step": 1})
 
@@ -79,7 +113,8 @@ def broken(data, name, rng):
             here = value
             while isinstance(here, (dict, list)) and here:
                 key = rng.choice(list(here)) if isinstance(here, dict) else rng.randrange(len(here))
-                if not isinstance(here[key], (dict, list)) or not here[key] or rng.random() < 0.3:
+                replaceable = not isinstance(here[key], (dict, list)) or not here[key]
+                if replaceable or rng.random() < 0.3:
                     if rng.random() < 0.2:
                         del here[key]
                     else:
@@ -105,14 +140,15 @@ def broken(data, name, rng):
             data[i:i] = DEEP.encode()
         elif way == "number":
             data[i:i] = str(rng.choice([10**12, -1, 1e308])).encode()
-        elif way == "head":  # where a safetensors file says how long its header is
+        elif way == "head":  # a safetensors file begins with the length of its header
             data[:8] = rng.choice([0, 1, 2**31, 2**63, len(data)]).to_bytes(8, "little")
     return bytes(data)
 
 
 def fuzz(inputs, seed, keep=None):
-    """{file: {"inputs", "taken", "refused", "failed"}} and the failures' first lines."""
-    counts, failures = {name: {"inputs": 0, "taken": 0, "refused": 0, "failed": 0} for name in READERS}, []
+    """{file: {"inputs", "taken", "refused", "failed"}}, and the first lines of the failures."""
+    counts = {name: {"inputs": 0, "taken": 0, "refused": 0, "failed": 0} for name in READERS}
+    failures = []
     late = f"more than {SECONDS} seconds"
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:
@@ -134,10 +170,12 @@ def fuzz(inputs, seed, keep=None):
                 verdict = "taken"
             except KeyboardInterrupt:
                 raise
-            except BaseException as error:  # whatever it is, it is what this looks for
-                verdict = "refused" if isinstance(error, llama.UserError) and str(error) != late and "\n" not in str(error) else "failed"
+            except BaseException as error:  # any exception at all is what this test looks for
+                text = str(error)
+                one_line = isinstance(error, llama.UserError) and "\n" not in text
+                verdict = "refused" if one_line and text != late else "failed"
                 if verdict == "failed":
-                    failures.append(f"{name}: {type(error).__name__}: {str(error)[:150]}")
+                    failures.append(f"{name}: {type(error).__name__}: {text[:150]}")
                     if keep:
                         (Path(keep) / f"{len(failures)}-{name}").write_bytes(data)
             counts[name][verdict] += 1
@@ -147,7 +185,9 @@ def fuzz(inputs, seed, keep=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--inputs", type=int, default=100000, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="of what is broken")
     parser.add_argument("--keep", default=None, help="folder for the inputs that failed")
@@ -155,8 +195,12 @@ def main():
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     began = time.time()
     counts, failures = fuzz(args.inputs, args.seed, args.keep)
-    print(json.dumps({"readers": counts, "inputs": args.inputs, "failed": len(failures), "minutes": round((time.time() - began) / 60, 1),
-                      "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), "failures": sorted(set(failures))[:40]}, indent=2))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({
+        "readers": counts, "inputs": args.inputs, "failed": len(failures),
+        "minutes": round((time.time() - began) / 60, 1), "peak_gib": round(peak, 2),
+        "failures": sorted(set(failures))[:40],
+    }, indent=2))
     return bool(failures)
 
 

@@ -1,4 +1,7 @@
-"""The hub, played by a server on loopback: what is fetched, what is resumed, and what each refusal says."""
+"""A server on this machine plays the hub.
+
+What is fetched, what is resumed, and what does each refusal say?
+"""
 import http.server
 import json
 import os
@@ -11,12 +14,16 @@ import safetensors.torch
 import torch
 from conftest import ROOT
 
-FILES = {p.name: p.read_bytes() for p in (ROOT / "tiny").iterdir() if p.suffix in (".json", ".safetensors")}
+FILES = {path.name: path.read_bytes() for path in (ROOT / "tiny").iterdir()
+         if path.suffix in (".json", ".safetensors")}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """org/tiny is the embedded default; org/gated asks for terms; anything else is missing. `cut`: names whose first download breaks off."""
+    """org/tiny is the embedded default, org/gated asks for terms, and any other name is missing.
+
+    cut: the names of files whose first download breaks off.
+    """
     cut, seen, files = set(), [], FILES
 
     def log_message(self, *args):
@@ -42,13 +49,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if revision not in ("main", "v1", COMMIT):
             return self.refuse(404, "RevisionNotFound")
         if parts[0] == "api" and "tree" in parts:
-            data, headers = json.dumps([{"type": "file", "path": f, "size": len(data), "oid": f} for f, data in Hub.files.items()]).encode(), {}
+            tree = [{"type": "file", "path": name, "size": len(data), "oid": name}
+                    for name, data in Hub.files.items()]
+            data, headers = json.dumps(tree).encode(), {}
         elif parts[0] == "api":
-            data, headers = json.dumps({"id": name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in FILES]}).encode(), {}
+            siblings = [{"rfilename": name} for name in FILES]
+            data = json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
+            headers = {}
         else:
             data = Hub.files[parts[-1]]
             headers = {"ETag": f'"{parts[-1]}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        start = int(self.headers["Range"].split("=")[1].split("-")[0]) if "Range" in self.headers else 0
+        start = 0
+        if "Range" in self.headers:
+            start = int(self.headers["Range"].split("=")[1].split("-")[0])
         self.send_response(206 if start else 200)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -83,40 +96,64 @@ def hub(tmp_path):
 
 
 def fetch(folder, endpoint, *models, **more):
-    """Load models (name, revision) one after the other in a process of its own, as a command would: its exit code is the last one's."""
-    code = f"import sys\nfrom model import load, run_command\nfor name, revision in {models!r}:\n    code = run_command(lambda: print(load(name, revision=revision)[0].folder))\nsys.exit(code)"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)} | more
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    """Load models, given as (name, revision), one after the other, in a process of its own.
+
+    It does so as a command would. The exit code is that of the last model.
+    """
+    code = (
+        "import sys\n"
+        "from model import load, run_command\n"
+        f"for name, revision in {models!r}:\n"
+        "    code = run_command(lambda: print(load(name, revision=revision)[0].folder))\n"
+        "sys.exit(code)"
+    )
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith("HF_") and "proxy" not in name.lower()}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"),
+                    "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)} | more
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment,
+                          capture_output=True, text=True, timeout=120)
 
 
 def test_a_hub_model_is_fetched_once_and_then_found_offline(tmp_path, hub):
     done = fetch(tmp_path, hub, ("org/tiny", "v1"))
-    assert done.returncode == 0 and COMMIT in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert COMMIT in done.stdout, done.stderr
     assert {name for name, _ in Hub.seen} >= set(FILES)
     Hub.seen.clear()
     again = fetch(tmp_path, "http://127.0.0.1:9", ("org/tiny", COMMIT))
-    assert again.returncode == 0 and again.stdout == done.stdout and not Hub.seen, again.stderr
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout, again.stderr
+    assert not Hub.seen, again.stderr
 
 
 def test_a_download_that_broke_off_is_resumed(tmp_path, hub):
-    weights = safetensors.torch.load(FILES["model.safetensors"]) | {"lm_head.weight": torch.zeros(6_000_000)}  # longer than the 10 MB that are written at once
-    Hub.cut, Hub.files = {"model.safetensors"}, FILES | {"model.safetensors": safetensors.torch.save(weights)}
+    weights = safetensors.torch.load(FILES["model.safetensors"])
+    # The library writes 10 MB at once, so the file must be longer than that.
+    weights |= {"lm_head.weight": torch.zeros(6_000_000)}
+    Hub.cut = {"model.safetensors"}
+    Hub.files = FILES | {"model.safetensors": safetensors.torch.save(weights)}
     done = fetch(tmp_path, hub, ("org/tiny", None))
     if done.returncode:  # the library may retry by itself, or leave that to the next command
         assert done.returncode == 2 and "Traceback" not in done.stderr
         done = fetch(tmp_path, hub, ("org/tiny", None))
     assert done.returncode == 0, done.stderr
-    assert [start for name, start in Hub.seen if name == "model.safetensors"][-1] > 0  # from the middle on
+    starts = [start for name, start in Hub.seen if name == "model.safetensors"]
+    assert starts[-1] > 0  # it went on from the middle
 
 
 def test_refusals_are_one_line(tmp_path, hub):
-    done = fetch(tmp_path, hub, ("org/missing", None), ("org/gated", None), ("org/tiny", "v2"))
+    models = [("org/missing", None), ("org/gated", None), ("org/tiny", "v2")]
+    done = fetch(tmp_path, hub, *models)
     missing, gated, revision = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and "no such model on the hub" in missing and "accept their terms" in gated and "no revision 'v2'" in revision
+    assert done.returncode == 2
+    assert "no such model on the hub" in missing
+    assert "accept their terms" in gated
+    assert "no revision 'v2'" in revision
 
 
 @pytest.mark.parametrize("more", [{}, {"HF_HUB_OFFLINE": "1"}])
 def test_no_network_says_to_name_a_folder(tmp_path, more):
     done = fetch(tmp_path, "http://127.0.0.1:9", ("org/tiny", None), **more)
-    assert done.returncode == 2 and "name a local folder" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode == 2 and "name a local folder" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,4 +1,5 @@
-"""The referees: the exact one, the judge, and a user's own."""
+"""The referees: the exact reward, the judge, reward models, and a function of the user's own."""
+import json
 import shutil
 
 import pytest
@@ -8,7 +9,16 @@ from conftest import ROOT, SHARED, small_config
 import rewards
 from evaluate import read_data
 from model import Config, Llama, Rollout, Tokenizer, UserError, load
-from rewards import ExactReward, MathReward, QualityReward, RewardModel, WrittenQuality, final_answer, judged, load_referee
+from rewards import (
+    ExactReward,
+    MathReward,
+    QualityReward,
+    RewardModel,
+    WrittenQuality,
+    final_answer,
+    judged,
+    load_referee,
+)
 from tiny import language
 
 QUERIES = ['Take "kobani", reverse it.', "Add 2 and 3.", 'Take "kobani", fly it.']
@@ -21,14 +31,18 @@ def test_exact_reward():
 
 
 def test_quality_is_the_expected_digit_of_a_plain_forward_pass(tiny):
-    """R_Q = sum over d of d * p(d | rubric, exchange) / 7: cached rubric and shared query change nothing."""
+    """R_Q is the sum over the digits d of d * p(d | rubric, exchange) / 7.
+
+    The score must not change because the rubric is cached and a group's query is shared.
+    """
     model, tokenizer = tiny
     score = QualityReward(model, tokenizer)(QUERIES, ANSWERS)
     digits = [tokenizer.encode(str(d))[0] for d in range(8)]
     for i, (query, group) in enumerate(zip(QUERIES, ANSWERS)):
         for j, answer in enumerate(group):
+            exchange = language.JUDGE_EXCHANGE.format(query=query, answer=answer)
             ids = tokenizer.chat([{"role": "system", "content": language.JUDGE_PROMPT},
-                                  {"role": "user", "content": language.JUDGE_EXCHANGE.format(query=query, answer=answer)}])
+                                  {"role": "user", "content": exchange}])
             with torch.no_grad():
                 p = model.logits(torch.tensor([ids]))[0, -1, digits].softmax(-1)
             assert torch.isclose(score[i, j], (p * torch.arange(8)).sum() / 7, atol=1e-5)
@@ -42,7 +56,10 @@ def test_quality_of_equal_answers_and_single_groups(tiny):
 
 
 def test_the_committed_judge_tells_good_from_bad(tiny):
-    """Right answers over wrong ones, and tasks over nonsense: what the self-reward must do to keep the game sane."""
+    """The self-reward keeps the game sane only if the judge can do two things.
+
+    It must grade right answers above wrong ones, and real tasks above nonsense.
+    """
     model, tokenizer = tiny
     import random
     rng = random.Random(5)
@@ -50,19 +67,23 @@ def test_the_committed_judge_tells_good_from_bad(tiny):
     judge = QualityReward(model, tokenizer)
     right = judge(queries, [[language.solve(q)] for q in queries]).mean()
     wrong = judge(queries, [[language.misanswer(q, rng)] for q in queries]).mean()
-    nonsense = judge([language.spoil(q, rng) for q in queries], [[language.solve(q)] for q in queries]).mean()
+    spoiled = [language.spoil(q, rng) for q in queries]
+    nonsense = judge(spoiled, [[language.solve(q)] for q in queries]).mean()
     assert right > wrong + 0.15 and wrong > nonsense + 0.1
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_reward_model_equals_transformers(tmp_path, family):
-    """The score at the last real token, for a batch of unequal texts, within 1e-4."""
-    transformers = pytest.importorskip("transformers", reason="the peer library transformers is not installed")
+    """The score at the last real token is within 1e-4, in a batch of texts of unequal length."""
+    transformers = pytest.importorskip(
+        "transformers", reason="the peer library transformers is not installed")
     torch.manual_seed(0)
     tokenizer = load(ROOT / "tiny")[1]
-    settings = small_config(model_type=family, vocab_size=200, max_position_embeddings=128, initializer_range=0.3, num_labels=1)
+    settings = small_config(model_type=family, vocab_size=200, max_position_embeddings=128,
+                            initializer_range=0.3, num_labels=1)
     settings.pop("architectures")
-    peer = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.for_model(**settings)).eval()
+    config = transformers.AutoConfig.for_model(**settings)
+    peer = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     peer.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "tiny" / name, tmp_path)
@@ -70,9 +91,12 @@ def test_reward_model_equals_transformers(tmp_path, family):
     assert scores.shape == (3, 2) and scores.std() > 0.01
     for query, group, row in zip(QUERIES, ANSWERS, scores):
         for answer, score in zip(group, row):
-            ids = tokenizer.chat([{"role": "user", "content": query}, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+            messages = [{"role": "user", "content": query},
+                        {"role": "assistant", "content": answer}]
+            ids = tokenizer.chat(messages, add_generation_prompt=False)
             with torch.no_grad():
-                assert peer(torch.tensor([ids])).logits.item() == pytest.approx(score.item(), abs=1e-4)
+                theirs = peer(torch.tensor([ids])).logits.item()
+            assert theirs == pytest.approx(score.item(), abs=1e-4)
     assert judged(load_referee(str(tmp_path)), QUERIES, ANSWERS).tolist() == scores.tolist()
 
 
@@ -82,9 +106,16 @@ def test_a_model_without_a_score_head_is_refused():
 
 
 @pytest.mark.parametrize("text, value", [
-    ("It is 3 + 4 = 7.", "7"), ("So she makes $1,234.50", "2469/2"), ("#### 18", "18"), ("1 and 2\n#### -1,000\n", "-1000"), ("\\boxed{12} or 13", "12"),
-    ("\\boxed{1} \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{ \\$5.0 }", "5"), ("\\boxed{3/4}", "3/4"), ("I do not know", None), ("", None), ("7.0", "7"),
-    ("\\boxed{3", "3"), ("#### 18 dollars", "18"), ("#### **18**", "18"), ("#### 42\nLet me know!", "42"), ("it is .5", "1/2"), ("9" * 5000, "9" * 5000)])
+    ("It is 3 + 4 = 7.", "7"), ("So she makes $1,234.50", "2469/2"),
+    ("#### 18", "18"), ("1 and 2\n#### -1,000\n", "-1000"),
+    ("\\boxed{12} or 13", "12"), ("\\boxed{1} \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("\\boxed{ \\$5.0 }", "5"), ("\\boxed{3/4}", "3/4"),
+    ("I do not know", None), ("", None),
+    ("7.0", "7"), ("\\boxed{3", "3"),
+    ("#### 18 dollars", "18"), ("#### **18**", "18"),
+    ("#### 42\nLet me know!", "42"), ("it is .5", "1/2"),
+    ("9" * 5000, "9" * 5000),
+])
 def test_final_answer(text, value):
     assert final_answer(text) == value
 
@@ -92,57 +123,85 @@ def test_final_answer(text, value):
 def test_math_reward():
     question = [{"role": "user", "content": "How many?"}]
     reward = MathReward([(question, "6 * 3 = <<6*3=18>>18\n#### 18")])
-    assert reward(["How many?"], [["18", "there are 18.00 of them", "17", "18 eggs, no: 19"]]).tolist() == [[1, 1, 0, 0]]
-    for unclear in ("many", "3/4 of them", "first 3, then 4", "#### none"):  # a wrong truth would be worse than none
+    answers = ["18", "there are 18.00 of them", "17", "18 eggs, no: 19"]
+    assert reward(["How many?"], [answers]).tolist() == [[1, 1, 0, 0]]
+    # Data without a clear answer is refused: a wrong truth would be worse than none.
+    for unclear in ("many", "3/4 of them", "first 3, then 4", "#### none"):
         with pytest.raises(UserError, match="known answer to 'How many"):
             MathReward([(question, unclear)])
 
 
 def test_math_reward_on_gsm8k():
-    """Every published answer is right against itself, and wrong against its neighbour's, nearly always."""
+    """Every published answer is right for its own question, and nearly always wrong for another."""
     path = SHARED / "gsm8k" / "test.jsonl"
     if not path.is_file():
         pytest.skip("GSM8K is not at hand (../shared/data)")
     data = read_data(path)
-    queries, answers = [m[-1]["content"] for m, _ in data], [a for _, a in data]
+    queries = [messages[-1]["content"] for messages, _ in data]
+    answers = [answer for _, answer in data]
     reward = MathReward(data)
     assert reward(queries, [[a] for a in answers]).mean() == 1
     assert reward(queries, [[a] for a in answers[1:] + answers[:1]]).mean() < 0.05
 
 
 def test_written_verdicts(tiny, monkeypatch):
-    """The last score in tags counts; a verdict without one gets the lowest score, and is counted."""
+    """The last score in tags counts.
+
+    A verdict without such a score gets the lowest score and is counted as malformed.
+    """
     judge = WrittenQuality(*tiny)
-    assert [judge.parse(v) for v in ("Good. <score>6</score>", "<score>2</score> no, <score> 3 </score>", "six", "<score>8</score>", "")] == [6, 3, None, None, None]
+    verdicts = ("Good. <score>6</score>", "<score>2</score> no, <score> 3 </score>", "six",
+                "<score>8</score>", "")
+    assert [judge.parse(v) for v in verdicts] == [6, 3, None, None, None]
     verdicts = iter(["<score>7</score>", "it is fine", "<score>3</score>"])
-    monkeypatch.setattr(rewards, "generate", lambda model, prompts, *rest: Rollout([next(verdicts) for _ in prompts], None, None))
+
+    def generate(model, prompts, *rest):
+        return Rollout([next(verdicts) for _ in prompts], None, None)
+    monkeypatch.setattr(rewards, "generate", generate)
     monkeypatch.setattr(judge.tokenizer, "decode", lambda ids: ids)
-    assert torch.allclose(judge(["q", "p"], [["a", "b"], ["c", "c"]]), torch.tensor([[1.0, 0.0], [3 / 7, 3 / 7]]))
+    scores = judge(["q", "p"], [["a", "b"], ["c", "c"]])
+    assert torch.allclose(scores, torch.tensor([[1.0, 0.0], [3 / 7, 3 / 7]]))
     assert judge.malformed == pytest.approx(1 / 3)
 
 
 def test_the_real_rubric_on_another_tokenizer(tmp_path):
-    """A model that does not speak the embedded language is asked in plain words, in one user turn: the expected digit again."""
+    """A model that does not speak the embedded language is asked in plain words, in one user turn.
+
+    Its score is the expected digit, too.
+    """
     if not (SHARED / "llama3_tokenizer").is_dir():
         pytest.skip("Llama 3's vocabulary is not at hand (../shared/data)")
     shutil.copy(SHARED / "llama3_tokenizer" / "tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ bos_token }}{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "bos_token": "<|begin_of_text|>"}')
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": template, "bos_token": "<|begin_of_text|>"}))
     tokenizer = Tokenizer(tmp_path)
     raw = small_config(vocab_size=128256, max_position_embeddings=512)
     torch.manual_seed(0)
     model = Llama(Config.from_json(raw), raw)
     score = QualityReward(model, tokenizer)(["What is 2 + 2?"], [["4", "five"]])
-    ids = tokenizer.chat([{"role": "user", "content": f"{rewards.RUBRIC} {rewards.EXPECTED}\n\nQuery:\nWhat is 2 + 2?\n\nAnswer:\nfive"}])
+    text = (f"{rewards.RUBRIC} {rewards.EXPECTED}\n\n"
+            "Query:\nWhat is 2 + 2?\n\nAnswer:\nfive")
+    ids = tokenizer.chat([{"role": "user", "content": text}])
+    digits = [tokenizer.encode(str(d))[0] for d in range(8)]
     with torch.no_grad():
-        p = model.logits(torch.tensor([ids]))[0, -1, [tokenizer.encode(str(d))[0] for d in range(8)]].softmax(-1)
-    assert score[0, 1].item() == pytest.approx(((p * torch.arange(8)).sum() / 7).item(), abs=1e-5)
+        p = model.logits(torch.tensor([ids]))[0, -1, digits].softmax(-1)
+    expected = ((p * torch.arange(8)).sum() / 7).item()
+    assert score[0, 1].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_users_referee(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("def short(queries, answers):\n    return [[-len(a) for a in group] for group in answers]\n")
-    assert judged(load_referee(f"{file}:short"), QUERIES, ANSWERS).tolist() == [[-6, -6], [-1, -1], [-6, 0]]
-    for spec, message in ((f"{file}:long", "has no function 'long'"), ("none.py:f", "no file or folder 'none.py'"), ("exactly", "file.py:function"), (str(file), "which function of it")):
+    file.write_text("def short(queries, answers):\n"
+                    "    return [[-len(a) for a in group] for group in answers]\n")
+    scores = judged(load_referee(f"{file}:short"), QUERIES, ANSWERS)
+    assert scores.tolist() == [[-6, -6], [-1, -1], [-6, 0]]
+    for spec, message in (
+        (f"{file}:long", "has no function 'long'"),
+        ("none.py:f", "no file or folder 'none.py'"),
+        ("exactly", "file.py:function"),
+        (str(file), "which function of it"),
+    ):
         with pytest.raises(UserError, match=message):
             load_referee(spec)
     file.write_text("def short(:\n")
@@ -151,8 +210,11 @@ def test_a_users_referee(tmp_path):
 
 
 @pytest.mark.parametrize("value, message", [
-    (torch.zeros(3), r"shape \[3\]"), (torch.full((3, 2), float("nan")), "NaN"), (torch.full((3, 2), float("inf")), "infinity"),
-    ("good", "not numbers"), (None, "not numbers"), ([[1, 2], [3]], "not numbers")])
+    (torch.zeros(3), r"shape \[3\]"),
+    (torch.full((3, 2), float("nan")), "NaN"),
+    (torch.full((3, 2), float("inf")), "infinity"),
+    ("good", "not numbers"), (None, "not numbers"), ([[1, 2], [3]], "not numbers"),
+])
 def test_bad_rewards_are_one_line(value, message):
     def referee(queries, answers):
         return value

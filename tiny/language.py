@@ -3,12 +3,16 @@
     Take "kobani", reverse it, then double every letter.   ->  iinnaabbookk
     Subtract 17 from 64.                                   ->  47
 
-An instruction is well formed when `solve` finds its one right answer. So "is this query any good?" and "is this answer
-right?" have a truth, which real self-play lacks: a game can be played here and its referees checked.
+An instruction is well formed when `solve` finds its one right answer. So there is a truth about
+whether a query is good and whether an answer is right. Real self-play lacks such a truth: here a
+game can be played and its referees can be checked.
 
-    draw(rng)             an instruction          solve(query)          its right answer, or None if it has none
-    kind(query)           one of KINDS            grade(query, answer)  0 to 7, by the judge's rubric
-    spoil(query, rng)     the query gone wrong    is_held_out(query)    True for the tenth kept for evaluation
+    draw(rng)            an instruction
+    solve(query)         its right answer, or None if it has none
+    kind(query)          one of KINDS
+    grade(query, answer) 0 to 7, by the judge's rubric
+    spoil(query, rng)    the query gone wrong
+    is_held_out(query)   True for the tenth kept for evaluation
 """
 import json
 import random
@@ -19,8 +23,8 @@ from pathlib import Path
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KINDS = ("1 operation", "2 operations", "3 operations", "numbers")
-CARELESS = 0.12  # share of the fine-tuning set's answers that are careless, as in data that people wrote
-MAX_ANSWER = 24  # letters; a longer result counts as no answer, so that no game can run away in length
+CARELESS = 0.12  # share of careless answers in the fine-tuning set, as in data that people wrote
+MAX_ANSWER = 24  # letters; a longer result is no answer, so that texts cannot grow without end
 
 # What the model is told for its three parts. The Solver gets the bare query as a user turn.
 CHALLENGER_PROMPT = "Write one instruction for another model to follow."
@@ -37,8 +41,9 @@ JUDGE_PROMPT = (
 )
 JUDGE_EXCHANGE = "Query: {query}\nAnswer: {answer}"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operations on a word. Each takes (word, *arguments) and returns the new word, or None where its argument does not fit.
+# --------------------------------------------------------------------------------------------------
+# Operations on a word. Each takes (word, *arguments) and returns the new word. It returns None
+# where an argument does not fit.
 
 def _keep(word, n, cut):
     return cut(word, int(n)) if 1 <= int(n) < len(word) else None
@@ -55,11 +60,18 @@ OPERATIONS = {  # phrase, with a place for each argument -> function
     "keep its first {n} letters": lambda w, n: _keep(w, n, lambda w, n: w[:n]),
     "keep its last {n} letters": lambda w, n: _keep(w, n, lambda w, n: w[-n:]),
     'remove every "{a}"': lambda w, a: w.replace(a, "") or None if a in w else None,
-    'replace every "{a}" with "{b}"': lambda w, a, b: w.replace(a, b) if a in w and a != b else None,
+    'replace every "{a}" with "{b}"':
+        lambda w, a, b: w.replace(a, b) if a in w and a != b else None,
 }
 _ARGUMENT = {"n": "([1-9])", "a": "([a-z])", "b": "([a-z])"}
-_PATTERNS = [(re.compile(re.sub(r"\\{(\w)\\}", lambda m: _ARGUMENT[m[1]], re.escape(phrase))), phrase)
-             for phrase in OPERATIONS]
+
+
+def _pattern(phrase):
+    """The regular expression of a phrase, with a group for each argument."""
+    return re.compile(re.sub(r"\\{(\w)\\}", lambda m: _ARGUMENT[m[1]], re.escape(phrase)))
+
+
+_PATTERNS = [(_pattern(phrase), phrase) for phrase in OPERATIONS]
 _NUMBER = "(0|[1-9][0-9]{0,2})"  # one to three digits, no leading zero
 _LIST = f"({_NUMBER}(?:, {_NUMBER}){{2,4}})"  # three to five numbers
 
@@ -80,7 +92,10 @@ def _solve_chain(word, steps):
 
 
 def solve(query, longest=3):
-    """The one right answer (str) of a well-formed instruction; None for anything else. longest: operations that a chain may have."""
+    """The one right answer (str) of a well-formed instruction; None for anything else.
+
+    longest: the number of operations that a chain may have.
+    """
     if m := re.fullmatch(r'Take "([a-z]{3,8})", (.+)\.', query):
         steps = m[2].split(", then ")
         return _solve_chain(m[1], steps) if len(steps) <= longest else None
@@ -103,27 +118,33 @@ def kind(query):
 
 
 def is_held_out(query):
-    """True for one instruction in ten, told by its checksum: `draw` gives them for evaluation only.
+    """True for one instruction in ten. `draw` gives these instructions for evaluation only.
 
-    A Challenger knows nothing of this: a tenth of what it writes is held out too. The 16,000 queries of the
-    README's run met 8 and 12 of the first 1,000 items of drawings 0 and 1.
+    The checksum of the text decides. A Challenger does not know it, so a tenth of what it writes
+    is held out, too. The 16,000 queries of the README's run met 8 and 12 of the first 1,000 items
+    of drawings 0 and 1.
     """
     return zlib.crc32(query.encode()) % 10 == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Drawing instructions, and ways for them to go wrong
 
 def _word(rng):
     """A pseudo-word of 3 to 8 letters, consonants and vowels in turn."""
-    start = rng.random() < 0.3
-    return "".join(rng.choice("aeiou" if (i + start) % 2 else "bcdfghjklmnpqrstvwxyz") for i in range(rng.randint(3, 8)))
+    start, length = rng.random() < 0.3, rng.randint(3, 8)
+    letters = ("bcdfghjklmnpqrstvwxyz", "aeiou")
+    return "".join(rng.choice(letters[(i + start) % 2]) for i in range(length))
 
 
 def _fill(phrase, word, rng):
     """A phrase with arguments that mostly fit the word it will be applied to."""
     letters = [c for c in word if c in LETTERS] or LETTERS
-    values = {"n": rng.randint(1, max(1, min(9, len(word) - 1))), "a": rng.choice(letters), "b": rng.choice(LETTERS)}
+    values = {
+        "n": rng.randint(1, max(1, min(9, len(word) - 1))),
+        "a": rng.choice(letters),
+        "b": rng.choice(LETTERS),
+    }
     return re.sub(r"{(\w)}", lambda m: str(values[m[1]]), phrase)
 
 
@@ -157,7 +178,7 @@ def _numbers(rng):
 def draw(rng, held_out=False):
     """An instruction: 30 % numbers, 20/25/25 % chains of one/two/three operations.
 
-    rng: random.Random. held_out: draw from the tenth kept for evaluation instead of from the rest.
+    rng: random.Random. held_out: draw from the tenth kept for evaluation, not from the rest.
     """
     while True:
         u = rng.random()
@@ -167,7 +188,7 @@ def draw(rng, held_out=False):
 
 
 def evaluation_set(n, seed=0):
-    """n held-out instructions, all different: the same ones for everyone who asks with the same seed."""
+    """n held-out instructions, all different. The same seed gives the same ones to everyone."""
     rng, queries = random.Random(f"held out {seed}"), {}
     while len(queries) < n:
         queries[draw(rng, held_out=True)] = None
@@ -175,7 +196,10 @@ def evaluation_set(n, seed=0):
 
 
 def longer_set(n, seed=0):
-    """n chains of four operations, one more than any that the model was trained on or that counts as well formed in a game."""
+    """n chains of four operations.
+
+    The model was trained on three operations at most, and in a game four are not well formed.
+    """
     rng, queries = random.Random(f"longer {seed}"), {}
     while len(queries) < n:
         queries[_chain(rng, 4)] = None
@@ -183,25 +207,29 @@ def longer_set(n, seed=0):
 
 
 def spoil(query, rng):
-    """The query gone wrong, in one of the ways a Challenger finds; solve(result) is None. Draws again where it is not.
+    """The query gone wrong, in one of the ways a Challenger finds. It has no right answer.
 
-    Cut short, two spliced into one, shuffled, a wrong argument, an operation out of place, an endless chain.
+    It is cut short, two queries are spliced into one, words are shuffled, an argument is wrong, an
+    operation is out of place, or a chain is endless. If the result has a right answer after all,
+    another one is drawn.
     """
     while True:
         other = draw(rng)
         tokens = phrases(query)
-        way = rng.choice(["cut", "splice", "shuffle", "argument", "argument", "place", "endless", "noise"])
+        way = rng.choice(
+            ["cut", "splice", "shuffle", "argument", "argument", "place", "endless", "noise"])
         if way == "cut":
             bad = "".join(tokens[: rng.randrange(len(tokens))])
         elif way == "splice":
             rest = phrases(other)
-            bad = "".join(tokens[: rng.randint(1, len(tokens) - 1)] + rest[rng.randint(1, len(rest) - 1):])
+            head = tokens[: rng.randint(1, len(tokens) - 1)]
+            bad = "".join(head + rest[rng.randint(1, len(rest) - 1):])
         elif way == "shuffle":
             i, j = sorted(rng.sample(range(len(tokens) + 1), 2))
             middle = tokens[i:j]
             rng.shuffle(middle)
             bad = "".join(tokens[:i] + middle + tokens[j:])
-        elif way == "argument":  # looks well, means nothing: subtract too much, keep too many, remove what is not there
+        elif way == "argument":  # it looks good but is wrong, such as keeping too many letters
             spots = [i for i, t in enumerate(tokens) if len(t) == 1 and t in LETTERS + "0123456789"]
             i = rng.choice(spots)
             tokens[i] = rng.choice(LETTERS if tokens[i] in LETTERS else "123456789")
@@ -215,10 +243,12 @@ def spoil(query, rng):
             parts.insert(rng.randrange(len(parts) + 1), rng.choice(["", "then "]) + step)
             bad = ", ".join(parts)
         elif way == "endless":
-            steps = [_fill(rng.choice(list(OPERATIONS)), _word(rng), rng) for _ in range(rng.randint(4, 7))]
+            steps = [_fill(rng.choice(list(OPERATIONS)), _word(rng), rng)
+                     for _ in range(rng.randint(4, 7))]
             bad = f'Take "{_word(rng)}", ' + ", then ".join(steps) + "."
             if rng.random() < 0.5:
-                bad = query[:-1] + "".join(f", {_number(rng)}" for _ in range(rng.randint(1, 5))) + query[-1]
+                more = "".join(f", {_number(rng)}" for _ in range(rng.randint(1, 5)))
+                bad = query[:-1] + more + query[-1]
         else:
             bad = "".join(rng.choice(PHRASES + list(LETTERS)) for _ in range(rng.randint(1, 12)))
         if solve(bad) is None:
@@ -226,7 +256,10 @@ def spoil(query, rng):
 
 
 def slip(answer, rng):
-    """The answer with one or two letters wrong, half the time one left out or two swapped as well. Never the same."""
+    """The answer with one or two letters wrong. It is never the same as the answer.
+
+    Half the time a letter is left out as well. Else two letters may be swapped.
+    """
     while True:
         letters = list(answer)
         for _ in range(rng.randint(1, 2)):
@@ -242,7 +275,10 @@ def slip(answer, rng):
 
 
 def careless(query, rng):
-    """A wrong answer as a hasty person gives it: a step of a chain overlooked, or else a slip. Never the right one."""
+    """A wrong answer as a hasty person gives it. It is never the right one.
+
+    A step of a chain is overlooked, or else there is a slip.
+    """
     right, steps = solve(query), query[:-1].split(", then ")
     if len(steps) > 1:
         start, steps[0] = steps[0].split(", ", 1)
@@ -254,7 +290,10 @@ def careless(query, rng):
 
 
 def misanswer(query, rng):
-    """A wrong answer of the sort a Solver gives: a slip, a step left out, another instruction's answer, or noise."""
+    """A wrong answer as a Solver gives it.
+
+    It has a slip, lacks a step, belongs to another instruction, is too long or short, or is noise.
+    """
     right = solve(query) or solve(draw(rng))
     while True:
         way = rng.choice(["slip", "slip", "half", "half", "other", "noise", "long", "short"])
@@ -276,7 +315,7 @@ def misanswer(query, rng):
             return "".join(wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The rubric's truth
 
 def similarity(answer, right):
@@ -285,28 +324,39 @@ def similarity(answer, right):
 
 
 def grade(query, answer):
-    """The truth of JUDGE_PROMPT's seven points, 0 to 7. A query without a right answer earns its answer nothing."""
-    identified = re.match(r'(Take "[a-z]+", |Add \d|Subtract \d|Which is (largest|smallest): \d|Sort the numbers \d)', query)
+    """The truth of JUDGE_PROMPT's seven points, 0 to 7.
+
+    If a query has no right answer, no answer to it earns a point.
+    """
+    identified = re.match(
+        r'(Take "[a-z]+", |Add \d|Subtract \d|Which is (largest|smallest): \d|Sort the numbers \d)',
+        query)
     right = solve(query)
     if right is None:
         return int(bool(identified))
     readable = re.fullmatch("[a-zA-Z]+|[0-9 ]+", answer) is not None
     close = similarity(answer, right)
-    return 2 + readable + (close >= 0.5) + (close >= 0.8) + (readable and len(answer) == len(right)) + (answer == right)
+    complete = readable and len(answer) == len(right)
+    return 2 + readable + (close >= 0.5) + (close >= 0.8) + complete + (answer == right)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The finite set that the embedded default was fine-tuned on
 
 def conversation(part, rng):
-    """One conversation of a part ("solver", "judge", "challenger"): the messages, and the reply to learn."""
-    user = lambda text: {"role": "user", "content": text}
+    """One conversation of a part ("solver", "judge", "challenger"): its messages, and the reply.
+
+    The model learns to write the reply.
+    """
+    def user(text):
+        return {"role": "user", "content": text}
+
     query = draw(rng)
     if part == "challenger":
         return [user(CHALLENGER_PROMPT)], query
     if part == "solver":
         return [user(query)], careless(query, rng) if rng.random() < CARELESS else solve(query)
-    # The judge: right answers to good queries, wrong ones, and anything at all to queries gone wrong.
+    # The judge sees right answers to good queries, wrong ones, and any answer to a spoiled query.
     u = rng.random()
     if u < 0.4:
         query = spoil(query, rng)
@@ -316,28 +366,35 @@ def conversation(part, rng):
 
 
 def fine_tuning_set(size, seed=0):
-    """The first `size` conversations of the set: [(part, messages, reply)], the same ones for the same seed."""
+    """The first `size` conversations of the set: [(part, messages, reply)].
+
+    The same seed gives the same conversations.
+    """
     rng, parts = random.Random(f"fine-tuning {seed}"), {"solver": 70, "judge": 18, "challenger": 12}
     drawn = (rng.choices(list(parts), parts.values())[0] for _ in range(size))
     return [(part, *conversation(part, rng)) for part in drawn]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The vocabulary: each fixed phrase of the language is one token, everything else is spelled letter by letter
+# --------------------------------------------------------------------------------------------------
+# The vocabulary: each fixed phrase of the language is one token. Everything else is spelled letter
+# by letter.
 
+# They are sorted: a set has another order in each process, but the vocabulary must not.
 PHRASES = sorted({
     'Take "', '", ', ", then ", '"', ".", "?", ", ", " ", "Add ", " and ", "Subtract ", " from ",
     "Which is largest: ", "Which is smallest: ", "Sort the numbers ",
     *(piece for phrase in OPERATIONS for piece in re.split(r"{\w}", phrase) if piece),
-}, key=lambda piece: (-len(piece), piece))  # a set has another order in each process; the vocabulary must not
-PROMPT_PHRASES = [CHALLENGER_PROMPT, *re.findall(r"[^:;.]+[:;.]", JUDGE_PROMPT), "Query: ", "\nAnswer: "]
+}, key=lambda piece: (-len(piece), piece))
+PROMPT_PHRASES = [
+    CHALLENGER_PROMPT, *re.findall(r"[^:;.]+[:;.]", JUDGE_PROMPT), "Query: ", "\nAnswer: "]
 CHARACTERS = [chr(i) for i in range(33, 127)] + ["\n"]  # so that any plain text keeps its letters
 
 
 def spoken_by(model):
-    """Does a model speak this language, so that its prompts mean something to it? model: its folder's name, or its tokenizer.
+    """Does a model speak this language, so that its prompts mean something to it?
 
-    Its vocabulary tells: the Challenger's prompt is one token of it.
+    model: the name of its folder, or its tokenizer. Its vocabulary tells, because the Challenger's
+    prompt is one token of it.
     """
     if not isinstance(model, (str, Path)):
         return len(model.encode(CHALLENGER_PROMPT)) == 1

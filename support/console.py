@@ -1,0 +1,214 @@
+"""The command line: one-line errors, exit codes, flags from a table, time limits, users' code."""
+import argparse
+import errno
+import functools
+import importlib.util
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+REWARD_SECONDS = 600.0  # a user's reward function is given up after this long, for one step
+
+
+class UserError(Exception):
+    """An error that the user can mend. Every command prints it as one line and exits with 2."""
+
+
+def one_line(error):
+    """An error's message on one line, cut at 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------
+# Running a command
+
+def run_command(main):
+    """Run a command's `main`. Returns the exit code: 0, 2 after an error, 130 after Ctrl-C.
+
+    A UserError and a full disk become one line on stderr. Any other exception is a defect of ours
+    and keeps its traceback.
+
+    One of several processes ends here, with os._exit. Threads of gloo may still hold tensors then,
+    and freeing one without an interpreter aborts the process (PyTorch pull request 179291).
+    """
+    code = _run(main)
+    if "RANK" in os.environ:  # started by torchrun
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(main):
+    try:
+        main()
+        return 0
+    except UserError as error:
+        return _complain(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        what = error.filename or "what was to be written"
+        return _complain(f"no room left for {what} ({error.strerror}); "
+                         "what was saved before is whole")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _complain(message):
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+def positive(kind, zero=False):
+    """An argparse type: a number of `kind` (int or float) above zero. zero: zero is allowed too."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
+        if not (0 < value < 2**63 or zero and value == 0):
+            bound = "zero or more" if zero else "above zero"
+            large = ", or too large" if value > 0 else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}{large}")
+        return value
+    return parse
+
+
+def parse(table, argv, command, description, real=False, **defaults):
+    """The settings (argparse.Namespace) of a command line. Exits with 2 where a flag is refused.
+
+    table: one row a flag, (flag, kind, default on the embedded model, default on a real one, help).
+        A row that is only a text begins a new group in `-h`.
+        kind: a function of the text (int, str, positive(float), ..); a tuple of choices; bool for a
+        switch; a list with one function, for a flag that takes several values.
+    argv: list of words, None for the process's own.
+    real: take the column of real models. defaults: other defaults for single flags.
+    The namespace also has `command`, which is written into a run's settings.
+    """
+    parser = argparse.ArgumentParser(prog=command, description=description, allow_abbrev=False)
+    group = parser
+    for row in table:
+        if isinstance(row, str):
+            group = parser.add_argument_group(row)
+            continue
+        flag, kind, tiny, other, words = row
+        group.add_argument(flag, default=other if real else tiny,
+                           help=words + _defaults(tiny, other), **_how_to_parse(kind))
+    parser.set_defaults(command=command, **defaults)
+    return parser.parse_args(argv)
+
+
+def _how_to_parse(kind):
+    if kind is bool:
+        return {"action": "store_true"}
+    if isinstance(kind, tuple):
+        return {"choices": kind}
+    if isinstance(kind, list):
+        return {"type": kind[0], "nargs": "+"}
+    return {"type": kind}
+
+
+def _defaults(tiny, real):
+    """The end of a flag's help: its default, or its two defaults."""
+    if tiny in (None, False) and real in (None, False):
+        return ""
+    if tiny == real:
+        return f" (default: {_shown(tiny)})"
+    other = "it must be given" if real is None else _shown(real)
+    return f" (default: {_shown(tiny)}; with a real model: {other})"
+
+
+def _shown(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+# --------------------------------------------------------------------------------------------------
+# Time limits, and code that users bring
+
+class TimeUp(BaseException):
+    """What `time_limit` raises inside its `with`. No Exception: `except Exception` misses it."""
+
+
+@contextmanager
+def time_limit(seconds, complaint):
+    """Raise UserError(complaint) once `seconds` have passed inside this `with`.
+
+    Of nested limits the first to end counts. Only the main thread can be stopped in this way, and
+    only between two lines of Python.
+    """
+    outer, _ = signal.getitimer(signal.ITIMER_REAL)
+    if threading.current_thread() is not threading.main_thread() or 0 < outer < seconds:
+        yield
+        return
+    up = TimeUp(complaint)
+
+    def late(*_):
+        raise up
+    began, before = time.monotonic(), signal.signal(signal.SIGALRM, late)
+    # Again every second, because a bare `except` may swallow the first.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    except TimeUp as error:
+        raise UserError(complaint) if error is up else error from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if outer:
+            left = outer - (time.monotonic() - began)
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left))
+
+
+def load_function(path, name, flag):
+    """The function `name` of a user's Python file. The file is run: name only files you trust.
+
+    flag: the flag and its value, for the error. Raises UserError where the file does not load or
+    has no such function.
+    """
+    spec = importlib.util.spec_from_file_location("users_file", path)
+    if spec is None:
+        raise UserError(f"{flag}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's code may raise
+        raise UserError(f"{flag}: {path} does not load: {_where(error)}") from None
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{flag}: {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+def guarded(function):
+    """A user's reward function whose exceptions, and whose taking too long, become a UserError."""
+    name = getattr(function, "__name__", type(function).__name__)
+
+    @functools.wraps(function)
+    def reward(queries, answers):
+        late = f"the reward {name} took longer than {REWARD_SECONDS:g} seconds for one step"
+        try:
+            with time_limit(REWARD_SECONDS, late):
+                return function(queries, answers)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the user's code may raise
+            raise UserError(f"the reward {name} failed: {_where(error)}") from error
+    return reward
+
+
+def _where(error):
+    """What went wrong in a user's code, on one line: the error, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+    return (f"{type(error).__name__}: {one_line(error)} "
+            f"({Path(last.filename).name}, line {last.lineno})")

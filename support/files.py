@@ -1,0 +1,288 @@
+"""Files: folders in Hugging Face layout and the hub, and the data that people bring."""
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from support.console import UserError, one_line
+
+MAX_FILE = 2**28  # bytes of a JSON file: far above any real one
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                   "generation_config.json", "special_tokens_map.json")
+
+
+def read_json(path):
+    """The dict in a JSON file. Raises UserError if it is missing, too large, or no JSON object."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise ValueError("the file is too large")
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("an object was expected")
+        return value
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: {path.name} is missing") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({one_line(error)})") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Model folders
+
+def is_hub_name(name):
+    """Is this a name on the hub, org/model or org/model@revision, and not a path here?"""
+    fits = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name))
+    return bool(fits) and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
+def find(name, patterns=("*.json", "*.jinja", "*.safetensors")):
+    """The folder of a model: a local folder as it is, a hub name fetched into the hub's cache.
+
+    patterns: which files to fetch. Raises UserError where there is no such model.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_hub_name(name):
+        raise UserError(f"{name}: no such model folder")
+    return fetch(str(name), list(patterns))
+
+
+def fetch(name, patterns):
+    """The folder of a hub model, "org/name" or "org/name@revision".
+
+    It is downloaded once and then comes from the hub library's cache. A download that broke off
+    goes on where it stopped. Raises UserError with what to do.
+    """
+    from huggingface_hub import errors, snapshot_download  # only for who names a hub model
+    name, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns,
+                                      ignore_patterns=["consolidated*"]))
+    except errors.HFValidationError as error:
+        raise UserError(f"{name}: the hub does not allow such a name ({one_line(error)})") from None
+    except errors.GatedRepoError:
+        raise UserError(f"{name}: its authors ask you to accept their terms first: do so on its "
+                        "page of the hub, then `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name}: the hub has no revision {revision!r} of it") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{name}: no such folder here, and no such model on the hub "
+                        "(or it is private: `hf auth login`)") from None
+    except (errors.HTTPError, OSError) as error:  # no network, or a download that broke off
+        raise UserError(f"{name}: no such folder here, and the hub cannot be reached "
+                        f"({one_line(error)}); offline, name a local folder instead") from None
+
+
+def check_config(raw, families, supported):
+    """Raise UserError for a config.json's dict that our decoder would compute wrongly.
+
+    families: values of model_type that it can compute. supported: {key: the only value allowed}.
+    """
+    if raw.get("model_type") not in families:
+        raise UserError(f"model_type {raw.get('model_type')!r} is not supported; "
+                        f"these are: {', '.join(families)}")
+    for key, value in supported.items():
+        if raw.get(key, value) != value:
+            raise UserError(f"config.json: {key} = {raw[key]!r} is not supported (only {value!r})")
+    rope = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or rope
+    if not isinstance(scaling, dict) or not isinstance(rope, dict):
+        raise UserError("config.json: rope_scaling is not an object")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"config.json: rope scaling {kind!r} is not supported (only 'llama3')")
+
+
+def check_sizes(config):
+    """Raise UserError if a config's sizes are not whole numbers in their range, or do not fit."""
+    largest = {"vocab_size": 2**24, "hidden_size": 2**24, "intermediate_size": 2**24,
+               "num_hidden_layers": 2**10, "num_attention_heads": 2**24,
+               "num_key_value_heads": 2**24, "head_dim": 2**24, "max_position_embeddings": 2**21}
+    if config.sliding_window is not None:
+        largest["sliding_window"] = 2**24
+    bad = [key for key, most in largest.items()
+           if type(getattr(config, key)) is not int or not 1 <= getattr(config, key) <= most]
+    if bad or config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+        raise UserError("config.json: sizes do not fit each other "
+                        f"(look at {', '.join(bad) or 'the heads'})")
+
+
+def read_tensors(folder):
+    """All tensors of a folder's model.safetensors, or of the files that its index names."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file() and index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str)
+                                                       for file in weight_map.values()):
+            raise UserError(f"{index}: no weight_map from tensors to files")
+        names = sorted(set(weight_map.values()))
+    tensors = {}
+    for name in names:
+        # os.path.isfile takes any text at all; Path.is_file may raise.
+        if Path(name).name != name or not os.path.isfile(folder / name):
+            raise UserError(f"{folder}: {one_line(name)} is missing")
+        try:
+            with safe_open(folder / name, "pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise UserError(f"{folder / name}: cut short, or not safetensors "
+                            f"({one_line(error)})") from None
+    return tensors
+
+
+def stack(folder, tensors, names, shapes):
+    """{our name: tensor}: the tensors of a folder under our names, stacked where we join several.
+
+    names: {our name: {name in the file: ..}}. shapes: {our name: shape}. folder: for errors.
+    Raises UserError for a tensor that is missing, of another shape, or unknown.
+    """
+    weights, used = {}, set()
+    for ours, parts in names.items():
+        missing = [name for name in parts if name not in tensors]
+        if missing:
+            raise UserError(f"{folder}: the weights lack {missing[0]}")
+        pieces = [tensors[name] for name in parts]
+        weights[ours] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if weights[ours].shape != shapes[ours]:
+            asked = f"config.json asks for {list(shapes[ours])}"
+            if "score.weight" in parts:
+                asked = "a reward model has one label"
+            found = list(weights[ours].shape)
+            raise UserError(f"{folder}: {' + '.join(parts)} is {found}, {asked}")
+        used |= parts.keys()
+    unknown = [name for name in tensors if name not in used | {"lm_head.weight"}
+               and not name.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UserError(f"{folder}: weights that no Llama has: {unknown[0]}{more}")
+    return weights
+
+
+def end_ids(folder, raw, tokenizer, vocabulary):
+    """The ids that end an answer: those of generation_config.json, config.json or the tokenizer.
+
+    raw: config.json's dict. vocabulary: how many ids the model has. Raises UserError for an id that
+    is none.
+    """
+    path = folder / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    ends = settings.get("eos_token_id", raw.get("eos_token_id"))
+    if ends is None:
+        ends = tokenizer.special.get(tokenizer.names["eos_token"])
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(e is None or type(e) is int and 0 <= e < vocabulary for e in ends):
+        raise UserError(f"{folder}: eos_token_id in generation_config.json is not an id of the "
+                        "vocabulary, or several")
+    known = tokenizer.text.get_vocab_size()
+    if known > vocabulary:
+        raise UserError(f"{folder}: the tokenizer knows {known} ids, the model {vocabulary}")
+    return {e for e in ends if e is not None}
+
+
+def write_folder(folder, raw, tensors, copy_from):
+    """Write a model's folder: config.json, tensors, and the tokenizer's files of another folder.
+
+    The weights come last and by renaming, so a model.safetensors that is there is whole.
+    Raises UserError where it cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        for name in TOKENIZER_FILES:
+            if (copy_from / name).is_file() and copy_from.resolve() != folder.resolve():
+                shutil.copyfile(copy_from / name, folder / name)
+        save_file(tensors, folder / "model.safetensors.new", metadata={"format": "pt"})
+        (folder / "model.safetensors.new").replace(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written ({one_line(error)})") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Data that people bring
+
+def read_data(path):
+    """[(messages, answer)] of a JSONL file. Raises UserError with the number of the first bad line.
+
+    A line holds "prompt" (or "question") and "answer", or a chat's "messages". Of a chat the first
+    turn is used, as in SPIN's paper, with the system message before it if there is one.
+    """
+    try:
+        # splitlines() would also cut at U+2028, inside a text.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {path}: not readable as text ({error})") from None
+    pairs = [read_line(line, f"--data {path}, line {i}")
+             for i, line in enumerate(lines, 1) if line.strip()]
+    if len(pairs) < 2:
+        raise UserError(f"--data {path}: {len(pairs)} line{'s' * (len(pairs) != 1)} of data; at "
+                        "least 2 are needed, each an object on its own line")
+    return pairs
+
+
+def read_line(line, where):
+    """(messages, answer) of one line of a JSONL file. where: for errors. Raises UserError."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: not JSON; one object a line is expected") from None
+    if not isinstance(row, dict):
+        row = {}
+    prompt = "prompt" if "prompt" in row else "question"
+    if "messages" in row:
+        messages = row["messages"]
+    elif prompt in row and "answer" in row:
+        messages = [{"role": "user", "content": row[prompt]},
+                    {"role": "assistant", "content": row["answer"]}]
+    else:
+        raise UserError(f'{where}: expected an object with "prompt" and "answer", '
+                        'or with "messages"')
+    if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        raise UserError(f"{where}: every message needs a text")
+    if not all(is_text(m["content"]) for m in messages):
+        raise UserError(f"{where}: half of a surrogate pair, which is no text")
+    roles = [m.get("role") for m in messages]
+    turn = 3 if roles[:1] == ["system"] else 2
+    if roles[:turn] != ["system", "user", "assistant"][-turn:]:
+        raise UserError(f"{where}: the first turn must be a user's message and the assistant's "
+                        "answer")
+    *prompt, answer = messages[:turn]
+    if not prompt[-1]["content"].strip() or not answer["content"].strip():
+        raise UserError(f"{where}: an empty prompt or answer")
+    return [{"role": m["role"], "content": m["content"]} for m in prompt], answer["content"]
+
+
+def read_instructions(path):
+    """[{"instruction", "dataset"}] of a JSON list in AlpacaEval's format. Raises UserError."""
+    where = f"--instructions {path}"
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not readable as JSON ({type(error).__name__})") from None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f'{where}: expected a list of objects with "instruction" and "dataset"')
+    for i, row in enumerate(rows):
+        instruction = row.get("instruction") if isinstance(row, dict) else None
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise UserError(f'{where}: entry {i} has no "instruction"')
+        if not is_text(instruction):
+            raise UserError(f"{where}: entry {i}: half of a surrogate pair, which is no text")
+    return [{"instruction": row["instruction"], "dataset": str(row.get("dataset", "all"))}
+            for row in rows]
+
+
+def is_text(string):
+    """Can it be encoded? JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        string.encode()
+        return True
+    except UnicodeEncodeError:
+        return False

@@ -1,0 +1,121 @@
+"""The house stays a house: imports point downward, lines are short, public names are explained."""
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# A module may import those of a lower floor. Within support/ a circle alone is forbidden.
+FLOORS = {"support": 0, "tiny": 1, "model": 1, "rewards": 2, "evaluate": 3, "selfplay": 4, "spin": 4,
+          "recipes": 5}
+FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py"),
+                *(ROOT / "recipes").glob("*.py"), *(ROOT / "tiny").glob("*.py")])
+
+
+def name_of(path):
+    """support/files.py -> support.files"""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports_of(source):
+    """The modules of this project that a source imports, anywhere in it."""
+    known, found = {name_of(path) for path in FILES}, set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & known
+
+
+def wrong_arrows(graph):
+    """The imports of a graph {module: modules it imports} that point upward or sideways."""
+    def floor(name):
+        return FLOORS[name.split(".")[0]]
+    return sorted((name, other) for name, others in graph.items() for other in others
+                  if floor(other) >= floor(name) and not (floor(name) == floor(other) == 0))
+
+
+def circle(graph):
+    """Modules of a graph that import each other in a circle; [] if there are none."""
+    left = {name: set(others) for name, others in graph.items()}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+GRAPH = {name_of(path): imports_of(path.read_text()) for path in FILES}
+
+
+def test_imports_only_point_downward():
+    """recipes -> selfplay | spin -> evaluate -> rewards -> model -> support, without a circle."""
+    assert wrong_arrows(GRAPH) == [] and circle(GRAPH) == []
+    assert "support.console" in GRAPH["model"] and "model" in GRAPH["rewards"]  # it does see them
+
+
+@pytest.mark.parametrize("name, other", [("support.files", "model"), ("selfplay", "spin"),
+                                         ("rewards", "evaluate"), ("spin", "recipes.claims"),
+                                         ("tiny.language", "model")])
+def test_an_import_that_points_upward_is_seen(name, other):
+    """The test above can fail."""
+    assert wrong_arrows(GRAPH | {name: GRAPH[name] | {other}}) == [(name, other)]
+
+
+def test_a_circle_is_seen():
+    """So can the test of circles."""
+    graph = GRAPH | {"support.console": {"support.runs"}}
+    assert {"support.console", "support.runs"} <= set(circle(graph))
+
+
+def test_lines_end_before_column_101():
+    """A projector shows 100 columns."""
+    wide = [f"{path.name}:{i}" for path in [*FILES, *(ROOT / "tests").glob("*.py")]
+            for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+    assert wide == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_public_names_are_explained(path):
+    """Every public function, class and method has a docstring; so has every file."""
+    tree = ast.parse(path.read_text())
+    named = [node for node in ast.walk(tree)
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+    inner = {id(child) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+             for child in ast.walk(node) if child is not node}
+    bare = [node.name for node in named if id(node) not in inner and not ast.get_docstring(node)]
+    assert bare == [] and (ast.get_docstring(tree) or path.stat().st_size == 0)
+
+
+def test_the_map_in_the_readme_is_true():
+    """Its files exist, and the line counts are right within a tenth."""
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| \[`([^`]+)`\]\([^)]*\) \| (\d*) ?\|", readme, re.M)
+    assert len(rows) >= 10
+    for name, lines in rows:
+        assert (ROOT / name).exists(), name
+        if lines:
+            count = len((ROOT / name).read_text().splitlines())
+            assert abs(count - int(lines)) <= count / 10, f"{name} has {count} lines"
+
+
+def test_ruff_finds_nothing():
+    """Unused names, order of imports, and the rest of pyproject.toml's list."""
+    if not shutil.which("ruff"):
+        pytest.skip("ruff is not installed: pip install -r tests/requirements.txt")
+    done = subprocess.run(["ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_command_says_what_it_does():
+    """-h works for each file that can be started, and loads no model."""
+    for name in ("selfplay.py", "spin.py", "evaluate.py", "recipes/claims.py",
+                 "recipes/explain.py", "recipes/train_tiny.py"):
+        done = subprocess.run([sys.executable, name, "-h"], cwd=ROOT, capture_output=True,
+                              text=True)
+        assert done.returncode == 0 and done.stdout.startswith("usage:"), (name, done.stderr)
