@@ -8,20 +8,16 @@ import torch
 from conftest import ROOT, command
 
 import evaluate
-import selfplay
-import spin
 from evaluate import (
+    PairJudge,
     answer,
-    bootstrap,
     duel,
     duel_table,
-    new_run,
+    normal,
     summary,
     wilson,
     win_rate,
 )
-from model import UserError
-from rewards import PairJudge
 from tiny import language
 
 
@@ -55,12 +51,11 @@ def test_summary_by_kind():
     assert "3 operations" not in report
 
 
-def test_bootstrap_agrees_with_the_normal_interval():
-    values = (torch.arange(400) % 4 == 0).float()
-    low, high = bootstrap(values)
-    half = 1.96 * values.std().item() / 20
-    assert low == pytest.approx(0.25 - half, abs=0.01)
-    assert high == pytest.approx(0.25 + half, abs=0.01)
+def test_normal_interval_by_hand():
+    """Of 1, 2, 3 the deviation is 1, so the half width is 1.96 / sqrt(3)."""
+    half = 1.959964 / 3**0.5
+    assert normal(torch.tensor([1.0, 2.0, 3.0])) == pytest.approx([2, 2 - half, 2 + half])
+    assert normal(torch.tensor([1.0])) == [1.0, 0.5, 1.5]  # one value says little
 
 
 def test_duel_by_reward_and_both_conventions_for_ties():
@@ -81,7 +76,6 @@ def test_pair_judge_is_asked_in_both_orders(tiny, monkeypatch):
 
     A judge that prefers the longer answer is believed, wherever that answer stands.
     """
-    import rewards
     model, tokenizer = tiny
     judge = PairJudge(model, tokenizer)
     a, b = model.head[judge.letters].detach()
@@ -96,7 +90,7 @@ def test_pair_judge_is_asked_in_both_orders(tiny, monkeypatch):
         def states(m, rows):
             texts = [tokenizer.decode(ids) for group in rows for ids in group]
             return torch.stack([a - b if prefers(*parts(text)) else b - a for text in texts])
-        monkeypatch.setattr(rewards, "last_states", states)
+        monkeypatch.setattr(evaluate, "last_states", states)
         return judge(["q", "q", "r"], ["long", "x", "y"], ["z", "longer", "w"]).tolist()
     assert says(lambda first, second: True) == [0.5, 0.5, 0.5]
     assert says(lambda first, second: len(first) > len(second))[:2] == [1.0, 0.0]
@@ -117,7 +111,7 @@ def test_open_instructions_from_the_command_line(tmp_path, tiny):
     start = str(ROOT / "tiny")
 
     def run(*flags):
-        return command(evaluate, tmp_path, start, *flags)
+        return command(evaluate, tmp_path, "duel", start, *flags)
     flags = ["--against", start, "--instructions", "set.json", "--reward", "mine.py:long",
              "--answer-tokens", "20"]
     done = run(*flags)
@@ -141,35 +135,18 @@ def test_open_instructions_from_the_command_line(tmp_path, tiny):
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
-def test_runs_are_numbered_and_never_overwritten(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = [str(new_run(None, "lsp", {})) for _ in range(2)]
-    assert names == ["runs/lsp-1", "runs/lsp-2"]
-    (tmp_path / "runs" / "link").symlink_to("nowhere")
-    for taken in ("lsp-1", "link"):
-        with pytest.raises(UserError, match="exists already"):
-            new_run(taken, "lsp", {})
-
-
-@pytest.mark.parametrize("module", [selfplay, spin])
-def test_a_taken_name_is_refused_before_anything_is_loaded(module, tmp_path, monkeypatch):
-    (tmp_path / "runs" / "taken").mkdir(parents=True)
-    monkeypatch.setattr(module, "set_up", lambda *_: pytest.fail("loads first"))
-    done = command(module, tmp_path, "--model", str(ROOT / "tiny"), "--run", "taken")
-    assert done.returncode == 2 and "exists already" in done.stderr
-
-
 def test_the_start_has_room_to_grow(tiny):
     """At temperature 1 the embedded default answers 45 % to 65 % of held-out instructions."""
-    from evaluate import rate
-    model, tokenizer = tiny
-    sampled = rate(model, tokenizer, language.evaluation_set(500))["sampled"]
-    assert 0.45 < sampled.mean() < 0.65
+    queries = language.evaluation_set(500)
+    answers = answer(*tiny, queries, samples=2)
+    right = torch.tensor([[text == language.solve(query) for text in group]
+                          for query, group in zip(queries, answers)]).float()
+    assert 0.45 < right.mean() < 0.65
 
 
 def test_command_line(tmp_path):
     start = str(ROOT / "tiny")
-    words = [start, "--against", start, "--items", "30"]
+    words = ["score", start, "--against", start, "--items", "30"]
     done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *words], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -177,11 +154,16 @@ def test_command_line(tmp_path):
     # The two sides draw different samples, so even the same model does not tie with itself.
     assert "50.0 % [50.0, 50.0]" not in done.stdout
     for flags in (
-        ["nowhere"],
-        [start, "--items", "0"],
-        ["--wrong"],
-        [start, "--picture", "x.png"],
-        [start, "--seed", "-1"],
+        [],
+        [start],
+        ["score", "nowhere"],
+        ["score", start, "--items", "0"],
+        ["score", "--wrong"],
+        ["score", start, "--picture", "x.png"],
+        ["score", start, "--seed", "-1"],
+        ["score", start, "--device", "abacus"],
+        ["score", start, start, "--json", "x.json"],
+        ["duel", start],
     ):
         done = command(evaluate, tmp_path, *flags)
         assert done.returncode == 2
@@ -189,12 +171,20 @@ def test_command_line(tmp_path):
 
 
 def test_figures_of_every_instruction(tmp_path):
-    """`reproduce` reads the file of --json. The means of its items are those of the table."""
-    done = command(evaluate, tmp_path, str(ROOT / "tiny"), "--items", "30", "--held-out", "1",
-                   "--json", "x.json")
+    """recipes/claims.py reads the file of --json. The means of its items are those of the table."""
+    done = command(evaluate, tmp_path, "score", str(ROOT / "tiny"), "--items", "30", "--held-out",
+                   "1", "--json", "x.json")
     figures = json.loads((tmp_path / "x.json").read_text())
     sampled = figures["items"]["sampled"]
     assert done.returncode == 0
     assert len(figures["kinds"]) == len(sampled) == 30
     assert len(figures["items"]["longer"]) == 300
     assert sum(sampled) / 30 == pytest.approx(figures["scores"]["all"]["sampled"][0], abs=1e-6)
+
+
+def test_the_luck_of_a_model_does_not_depend_on_the_one_it_is_set_against(tmp_path):
+    """--against adds a model and a win rate, and changes no score of MODEL."""
+    start = str(ROOT / "tiny")
+    alone = command(evaluate, tmp_path, "score", start, "--items", "8").stdout
+    both = command(evaluate, tmp_path, "score", start, "--against", start, "--items", "8").stdout
+    assert both.startswith(alone.rstrip()) and both.count("pass@8: one") == 2

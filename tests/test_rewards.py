@@ -7,8 +7,7 @@ import torch
 from conftest import ROOT, SHARED, small_config
 
 import rewards
-from evaluate import read_data
-from model import Config, Llama, Rollout, Tokenizer, UserError, load
+from model import Llama, Rollout, config_from_json, load
 from rewards import (
     ExactReward,
     MathReward,
@@ -19,6 +18,9 @@ from rewards import (
     judged,
     load_referee,
 )
+from support.console import UserError
+from support.files import read_data
+from support.text import Tokenizer
 from tiny import language
 
 QUERIES = ['Take "kobani", reverse it.', "Add 2 and 3.", 'Take "kobani", fly it.']
@@ -33,7 +35,7 @@ def test_exact_reward():
 def test_quality_is_the_expected_digit_of_a_plain_forward_pass(tiny):
     """R_Q is the sum over the digits d of d * p(d | rubric, exchange) / 7.
 
-    The score must not change because the rubric is cached and a group's query is shared.
+    The score must not change because a group's texts share their beginning.
     """
     model, tokenizer = tiny
     score = QualityReward(model, tokenizer)(QUERIES, ANSWERS)
@@ -178,7 +180,7 @@ def test_the_real_rubric_on_another_tokenizer(tmp_path):
     tokenizer = Tokenizer(tmp_path)
     raw = small_config(vocab_size=128256, max_position_embeddings=512)
     torch.manual_seed(0)
-    model = Llama(Config.from_json(raw), raw)
+    model = Llama(config_from_json(raw))
     score = QualityReward(model, tokenizer)(["What is 2 + 2?"], [["4", "five"]])
     text = (f"{rewards.RUBRIC} {rewards.EXPECTED}\n\n"
             "Query:\nWhat is 2 + 2?\n\nAnswer:\nfive")
