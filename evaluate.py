@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import generate, groups, load
+from model import load, sample_all
 from rewards import ExactReward, judged, last_states, load_referee
 from support import console, files, machine, report, runs
 from tiny import language
@@ -34,10 +34,8 @@ def answer(model, tokenizer, queries, samples=1, temperature=1.0, seed=0, max_ne
     """`samples` answers to each query: N lists of text."""
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
     prompts = [tokenizer.chat([{"role": "user", "content": query}]) for query in queries]
-    rows = []
-    for part in groups(prompts, max(1, 16384 // (samples * max_new_tokens))):  # bounds the cache
-        rows += generate(model, part, samples, max_new_tokens, temperature, generator).ids
-    return groups([tokenizer.decode(ids) for ids in rows], samples)
+    found = sample_all(model, prompts, samples, max_new_tokens, temperature, generator)
+    return [[tokenizer.decode(ids) for ids in group] for group in found]
 
 
 def rate(model, tokenizer, queries, seed=0, referee=ExactReward()):

@@ -287,6 +287,22 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
                    [lp[:n] for lp, n in zip(out_lp, sizes)], finished.tolist())
 
 
+ROOM = 16384  # cached positions of one batch of sample_all: bounds its memory
+
+
+def sample_all(model, prompts, group=1, max_new_tokens=64, temperature=1.0, generator=None):
+    """`generate` for many prompts, some at a time: N groups of G lists of ids, in order."""
+    rows = max(1, ROOM // (group * (max(map(len, prompts)) + max_new_tokens)))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
+    found = [None] * len(prompts)
+    for part in groups(by_length, rows):
+        chosen = [prompts[i] for i in part]
+        rollout = generate(model, chosen, group, max_new_tokens, temperature, generator)
+        for i, ids in zip(part, groups(rollout.ids, group)):
+            found[i] = ids
+    return found
+
+
 # --------------------------------------------------------------------------------------------------
 # Scoring: log-probabilities of given completions
 

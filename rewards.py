@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import generate, groups, load, pack, states
+from model import load, pack, sample_all, states
 from support import console, files, machine
 from tiny import language
 
@@ -249,10 +249,8 @@ class WrittenQuality:
     def _verdicts(self, exchanges):
         prompts = [self.tokenizer.chat([
             {"role": "user", "content": f"{RUBRIC} {WRITTEN}\n\n{text}"}]) for text in exchanges]
-        rows = []
-        for part in groups(prompts, 32):
-            rows += generate(self.model, part, 1, self.max_new_tokens, 0).ids
-        return [self.tokenizer.decode(ids) for ids in rows]
+        found = sample_all(self.model, prompts, 1, self.max_new_tokens, 0)
+        return [self.tokenizer.decode(ids) for ids, in found]
 
     @staticmethod
     def parse(verdict):

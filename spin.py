@@ -37,7 +37,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import Llama, generate, groups, load, logprobs, pack, parameter_count, read_config, save
+from model import (
+    ROOM,
+    Llama,
+    groups,
+    load,
+    logprobs,
+    pack,
+    parameter_count,
+    read_config,
+    sample_all,
+    save,
+)
 from support import console, files, learning, machine, record, report, runs
 from support.text import Tokenizer
 from tiny import language
@@ -216,22 +227,12 @@ def encode(tokenizer, data, end_ids, limit):
 # --------------------------------------------------------------------------------------------------
 # What the opponent is asked for
 
-ROOM = 16384  # cached positions of one sampling batch: bounds its memory
-
-
 def opponent_answers(opponent, prompts, limit, generator):
     """y' ~ p_t(. | x) at temperature 1: a list of ids for each prompt.
 
     An answer of `limit` tokens is cut and has no end token.
     """
-    rows = max(1, ROOM // (max(map(len, prompts)) + limit))
-    out = [None] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
-    for part in groups(by_length, rows):
-        sampled = generate(opponent, [prompts[i] for i in part], 1, limit, 1.0, generator)
-        for i, ids in zip(part, sampled.ids):
-            out[i] = ids
-    return out
+    return [ids for ids, in sample_all(opponent, prompts, 1, limit, 1.0, generator)]
 
 
 def pair_logprobs(model, pairs, micro_batch):

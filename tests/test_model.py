@@ -286,6 +286,23 @@ def test_nothing_to_sample_from_or_to_score_is_refused(small):
             pack(prompts, completions)
 
 
+def test_many_prompts_are_sampled_some_at_a_time(small, monkeypatch):
+    """In the order of the prompts, with as many in a batch as ROOM allows."""
+    prompts = [[1] * n for n in (5, 2, 9, 3, 7)]
+    alone = [generate(small, [p], max_new_tokens=6, temperature=0).ids[0] for p in prompts]
+    sizes, real = [], llama.generate
+
+    def counted(model, prompts, *rest):
+        sizes.append(len(prompts))
+        return real(model, prompts, *rest)
+    monkeypatch.setattr(llama, "generate", counted)
+    monkeypatch.setattr(llama, "ROOM", 2 * 2 * (9 + 6))  # two prompts of two completions
+    assert llama.sample_all(small, prompts, 2, 6, 0) == [[ids, ids] for ids in alone]
+    assert sizes == [2, 2, 1]
+    monkeypatch.setattr(llama, "ROOM", 1)  # at least one prompt at a time
+    assert llama.sample_all(small, prompts, 1, 6, 0) == [[ids] for ids in alone]
+
+
 # --------------------------------------------------------------------------------------------------
 # Scoring
 

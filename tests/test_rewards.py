@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, SHARED, small_config
 
 import rewards
-from model import Llama, Rollout, config_from_json, load
+from model import Llama, config_from_json, load
 from rewards import (
     ExactReward,
     MathReward,
@@ -157,9 +157,9 @@ def test_written_verdicts(tiny, monkeypatch):
     assert [judge.parse(v) for v in verdicts] == [6, 3, None, None, None]
     verdicts = iter(["<score>7</score>", "it is fine", "<score>3</score>"])
 
-    def generate(model, prompts, *rest):
-        return Rollout([next(verdicts) for _ in prompts], None, None)
-    monkeypatch.setattr(rewards, "generate", generate)
+    def sample_all(model, prompts, *rest):
+        return [[next(verdicts)] for _ in prompts]
+    monkeypatch.setattr(rewards, "sample_all", sample_all)
     monkeypatch.setattr(judge.tokenizer, "decode", lambda ids: ids)
     scores = judge(["q", "p"], [["a", "b"], ["c", "c"]])
     assert torch.allclose(scores, torch.tensor([[1.0, 0.0], [3 / 7, 3 / 7]]))

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, command, copy_tokenizer, read_lines
 
 import evaluate
+import model as llama
 import spin
 from model import load, save
 from spin import (
@@ -315,7 +316,7 @@ def test_generation_prompt_is_the_training_prompt(tiny, monkeypatch):
         conversation = [*messages, {"role": "assistant", "content": text}]
         assert prompt + answer == tokenizer.chat(conversation, add_generation_prompt=False)
     asked, trained = [], []
-    real_generate, real_pack = spin.generate, spin.pack
+    real_generate, real_pack = llama.generate, spin.pack
 
     def generate(model, prompts, *rest):
         asked.extend(prompts)
@@ -324,7 +325,7 @@ def test_generation_prompt_is_the_training_prompt(tiny, monkeypatch):
     def pack(prompts, *rest, **more):
         trained.extend(prompts)
         return real_pack(prompts, *rest, **more)
-    monkeypatch.setattr(spin, "generate", generate)
+    monkeypatch.setattr(llama, "generate", generate)
     rivals = opponent_answers(model, prompts, 32, torch.Generator().manual_seed(0))
     monkeypatch.setattr(spin, "pack", pack)
     opponent_logprobs(model, [Pair(*row) for row in zip(prompts, answers, rivals)], 2048)
@@ -357,7 +358,7 @@ def test_opponent_answers_keep_their_order(tiny, monkeypatch):
         'Take "kobani", write it in capitals.',
     ]
     prompts = [tokenizer.chat([user(query)]) for query in queries]
-    monkeypatch.setattr(spin, "ROOM", 2 * (max(map(len, prompts)) + 32))  # two at a time
+    monkeypatch.setattr(llama, "ROOM", 2 * (max(map(len, prompts)) + 32))  # two at a time
     out = opponent_answers(model, prompts, 32, torch.Generator().manual_seed(0))
     assert tokenizer.decode(out[3]).isupper()
     assert tokenizer.decode(out[0]).isdigit()
