@@ -206,7 +206,7 @@ def score_command(args):
     for i, name in enumerate([*args.model, *([args.against] if args.against else [])]):
         model, tokenizer = load(runs.model_folder(name), args.device)
         # Each has a seed of its own: with one seed all would answer with the same luck.
-        luck = 0 if name == args.against and i == len(args.model) else i + 1
+        luck = 0 if i == len(args.model) else i + 1
         rates = rate(model, tokenizer, queries, 1000 * args.seed + luck)
         print(f"\n{name}\n{table({'': summary(rates, queries)})}", flush=True)
         sampled.append(rates["sampled"])

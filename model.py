@@ -29,7 +29,10 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # one decoder; Config says wh
 
 
 class Block(nn.Module):
-    """One layer: attention, then SwiGLU, each behind an RMSNorm and added to its input."""
+    """One layer: attention, then SwiGLU, each behind an RMSNorm and added to its input.
+
+    `forward` stands first, as it is what one comes to read. __init__ has the weights.
+    """
 
     def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
         """x [B, T, D] -> [B, T, D]. cos, sin [B, 1, T, C/2]. mask [B, 1, T, S]; None: causal."""
@@ -495,9 +498,13 @@ def save(model, folder):
 
 
 def read_config(name):
-    """The Config of a model's folder or hub name, without its weights. Raises UserError."""
-    folder = files.find(name, ["config.json"])
-    return config_from_json(files.read_json(folder / "config.json"))
+    """(Config, how many weights) of a model's folder or hub name, without reading the weights.
+
+    Raises UserError.
+    """
+    config = config_from_json(files.read_json(files.find(name, ["config.json"]) / "config.json"))
+    with torch.device("meta"):
+        return config, sum(p.numel() for p in Llama(config).parameters())
 
 
 def config_from_json(raw):
@@ -563,9 +570,3 @@ def weight_names(config):
     elif not config.tie_word_embeddings:
         names["lm_head.weight"] = {"lm_head.weight": None}
     return names
-
-
-def parameter_count(config):
-    """How many weights a model of this Config has."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Llama(config).parameters())

@@ -1,38 +1,31 @@
-"""Language Self-Play (LSP, arXiv 2509.07414): one Llama writes queries, answers them, and learns
-from both.
+"""Language Self-Play (LSP, arXiv 2509.07414): one Llama asks, answers, and learns from both.
 
-    python selfplay.py --steps 500          LSP on the embedded default
-    python selfplay.py --game lsp-zero      without the quality self-reward
-    python selfplay.py --game grpo          the baseline: queries from data, no Challenger
+    python selfplay.py --steps 500        LSP on the embedded default
+    python selfplay.py --game lsp-zero    without the quality self-reward
+    python selfplay.py --game grpo        the baseline: queries from data, no Challenger
 
-A query, and its right answer:
-    Take "kobani", reverse it, then double every letter.        iinnaabbookk
-
+A query and its right answer: Take "kobani", reverse it, then double every letter. -> iinnaabbookk
 One step: the Challenger writes N queries q_i, and the Solver gives G answers a_ij to each.
 
-    V(q_i)          = mean_j R(q_i, a_ij)                 value: how well the query is answered
-    A_Sol(q_i,a_ij) = R + R_Q - mean over the group       better than the group's other answers?
-    A_Ch(q_i)       = -V + V_Q - mean over the batch      harder than the other queries?
+    V(q_i)          = mean_j R(q_i, a_ij)              value: how well the query is answered
+    A_Sol(q_i,a_ij) = R + R_Q - mean over the group    better than the group's other answers?
+    A_Ch(q_i)       = -V + V_Q - mean over the batch   harder than the other queries?
     L_Sol = 1/(NG) sum_ij [ -pi/sg(pi) A_Sol + beta    KL(pi, pi_Ref) ]
     L_Ch  = 1/N    sum_i  [ -pi/sg(pi) A_Ch  + beta_Ch KL(pi, pi_Ref) ]
     L     = L_Sol + alpha_Ch L_Ch
 
-    pi      the policy: one model is both players, with different prompts
-    pi_Ref  the reference: the starting model, frozen           sg    stop-gradient: .detach()
-    R       the referee's reward for an answer                  beta  weight of the KL term
-    R_Q     quality self-reward: the reference grades query and answer; 0 in lsp-zero and grpo
-    V_Q     the mean of R_Q over a group, as V is of R
-    M       one player's completions: N G answers, or N queries;  n  the tokens of all of them
-    U       the different ones among them: equal ones are computed once
-
-Example without R_Q: R = [[1, 0, 0, 1], [0, 0, 0, 0]] gives V = [.5, 0], A_Ch = [-.25, +.25]: the
-unanswered query wins.
+    pi   the policy: one model is both players, with different prompts   sg   stop-gradient
+    pi_Ref   the reference: the starting model, frozen    beta   weight of the KL term
+    R    the referee's reward for an answer       R_Q  quality self-reward: the reference grades
+         query and answer; 0 in lsp-zero, grpo    V_Q  the mean of R_Q over a group, as V of R
+    M    one player's completions: N G answers, or N queries     n   the tokens of all of them
+    U    the different ones among them: equal completions of a group are computed once
 
 Simplified away:
-1. Clipping. There is one gradient step a batch, so pi/sg(pi) is 1, and only its gradient counts.
+1. Clipping. There is one gradient step a batch, so pi/sg(pi) is 1; only its gradient counts.
 2. Division by the standard deviation. Advantages are only centred, as in the paper.
 3. A value network. The mean of the group stands for it.
-4. Weighting by length. A text's log-probability is the sum over its tokens. (With a real model
+4. Weighting by length: a text's log-probability is the sum over its tokens. (With a real model
    the default is the mean over all tokens, --aggregate token.)
 recipes/plain.py is this step without any trick for speed. Begin there.
 """
@@ -49,7 +42,7 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from model import Llama, generate, groups, load, logprobs, pack, parameter_count, read_config, save
+from model import Llama, generate, groups, load, logprobs, pack, read_config, save
 from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model
 from support import console, files, learning, machine, record, report, runs
 from support.text import Tokenizer
@@ -73,7 +66,10 @@ def step(game, args):
 def advantages(reward, quality, pay, normalise="centre"):
     """(A_Sol [N, G], A_Ch [N]) from R and R_Q [N, G]. LSP section 2.
 
-    pay: a function of PAY. Both players' sums are formed first, and then centred: A_Sol over each
+    Example without R_Q: R = [[1, 0, 0, 1], [0, 0, 0, 0]] gives V = [.5, 0], A_Ch = [-.25, +.25]:
+    the unanswered query wins.
+
+    pay: a function of PAY. Both players' sums are formed first and then centred: A_Sol over each
     group, A_Ch over the batch. normalise "std": also divide by the deviation, as GRPO does. Where
     all answers are wrong, the judge's small noise is then the whole signal.
     """
@@ -424,11 +420,10 @@ def set_up(args, device, crew=machine.Crew()):
 
 def plan(args):
     """The memory_plan of these settings, before any weights are loaded."""
-    config = read_config(args.model)
-    own = parameter_count(config)
+    config, own = read_config(args.model)
     frozen = [own]  # the reference
     if names_model(args.reward):
-        frozen.append(parameter_count(read_config(args.reward)))
+        frozen.append(read_config(args.reward)[1])
     offloaded = args.low_memory and args.device.startswith("cuda")
     return machine.memory_plan(config, machine.DTYPES[args.dtype], own, 2,
                                args.queries * args.answers,
@@ -523,8 +518,7 @@ def main(argv=None):
                                 "--queries out evenly")
     if crew.rank:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    count = parameter_count(read_config(args.model))
-    heading = f"{args.game} on {args.model}: {count:,} parameters, "
+    heading = f"{args.game} on {args.model}: {read_config(args.model)[1]:,} parameters, "
     if args.dry_run:
         print(f"{heading}{args.dtype}")
     game = set_up(args, device, crew)

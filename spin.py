@@ -37,18 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import (
-    ROOM,
-    Llama,
-    groups,
-    load,
-    logprobs,
-    pack,
-    parameter_count,
-    read_config,
-    sample_all,
-    save,
-)
+from model import ROOM, Llama, groups, load, logprobs, pack, read_config, sample_all, save
 from support import console, files, learning, machine, record, report, runs
 from support.text import Tokenizer
 from tiny import language
@@ -330,9 +319,9 @@ def set_up(args):
     data = files.read_data(args.data) if args.data else language_data(args.pairs * args.iterations)
     rng = random.Random(args.seed)
     rng.shuffle(data)
-    config, dtype = read_config(args.model), machine.DTYPES[args.dtype]
-    machine.check_memory(machine.memory_plan(config, dtype, parameter_count(config), 1, 1, ROOM,
-                                             args.micro_batch, args.low_memory), args.device)
+    (config, count), dtype = read_config(args.model), machine.DTYPES[args.dtype]
+    plan = machine.memory_plan(config, dtype, count, 1, 1, ROOM, args.micro_batch, args.low_memory)
+    machine.check_memory(plan, args.device)
     player, tokenizer = load(args.model, args.device, dtype)
     player.recompute = args.low_memory
     prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)

@@ -5,10 +5,10 @@
 
 The numbers are real: the games' own functions compute them. Nothing is saved.
 
-Both lessons train a little first, unseen. At the very start policy and reference are the same, so
-every KL term is 0. The player of SPIN is its own opponent, so every margin is 0. The selfplay lesson
-therefore plays five steps unseen and shows the sixth. The spin lesson trains on half of its pairs
-unseen and shows a pair of the other half.
+Both lessons train a little first, and print nothing of that. At the very start the policy equals
+its reference, so every KL term is 0. In SPIN the player equals its opponent, so every margin is 0.
+Therefore the selfplay lesson plays five unseen steps and shows the sixth. The spin lesson trains on
+half of its pairs and shows a pair of the other half.
 """
 import math
 import os
@@ -58,17 +58,25 @@ def shown(text, width):
 # --------------------------------------------------------------------------------------------------
 # The selfplay lesson
 
+ANSWERS = """\
+      answer                            R       R_Q        A_Sol     log pi     KL sum
+                                  referee     judge   advantages   logprobs         KL"""
+TOKENS = """\
+  Slope of -ratio x A by this log pi: -A weight / M; the ratio pi/sg(pi) is 1, its gradient is not
+      token                log pi   log pi_Ref    KL term      slope   beta weight KL / M"""
+
+
 class Learner(NamedTuple):
-    """A player, and what its loss is made of. A list has a tensor [tokens] for each of its M texts."""
-    name: str  # Sol or Ch, as in L_Sol and L_Ch
+    """A player of the step, and what its loss is made of. It wrote M texts."""
+    name: str  # solver or challenger
     player: selfplay.Player
     advantage: torch.Tensor  # [N, G] or [N]
     beta: float
-    alpha: float  # the weight of this loss in the sum
+    alpha: float  # the weight of its loss in the sum
     weight: torch.Tensor  # [M], see selfplay.AGGREGATE
-    lp: list  # log pi, before the step
-    ref: list  # log pi_Ref
-    kl: list  # the KL terms
+    lp: list  # M tensors [tokens]: log pi, before the step
+    ref: list  # the same of log pi_Ref
+    kl: list  # the same of the KL terms
 
 
 def selfplay_lesson(flags):
@@ -82,12 +90,16 @@ def selfplay_lesson(flags):
     queries, answers, challenger, solver = selfplay.play(game, args)
     reward, quality = selfplay.score(game, queries, answers, args)
     a_sol, a_ch = selfplay.advantages(reward, quality, selfplay.PAY[args.pay], args.advantage)
-    learners = [learner(game, args, "Sol", solver, a_sol, args.kl, 1.0)]
-    if challenger:
-        learners.append(learner(game, args, "Ch", challenger, a_ch, args.kl_challenger,
+    learners = [learner(game, args, "solver", solver, a_sol, args.kl, 1.0)]
+    if challenger:  # grpo has none
+        learners.append(learner(game, args, "challenger", challenger, a_ch, args.kl_challenger,
                                 args.alpha_ch))
     show_play(game, args, queries, answers, reward, quality, *learners)
-    show_update(game, args, learners)
+    heading("UPDATE: of each player the text with the most to learn from, token by token",
+            "selfplay.player_loss")
+    for one in learners:
+        show_update(game, args, one)
+    take_step(game, args, learners)
     show_after(game, args, answers, learners[0])
 
 
@@ -106,58 +118,31 @@ def show_play(game, args, queries, answers, reward, quality, solver, challenger=
     if challenger:
         print(f"  the Challenger is asked: {game.tokenizer.decode(game.prompt)[:70]!r}")
         print("  the Solver is asked each query as a plain user turn")
-    lp, kl = [[x.sum() for x in texts] for texts in (solver.lp, solver.kl)]
     for i, query in enumerate(queries):
-        print(f"\n  q{i + 1}  {shown(query, 88)}")
-        print("      answer                            R       R_Q        A_Sol     log pi     KL sum")
-        print("                                  referee     judge   advantages   logprobs         KL")
+        print(f"\n  q{i + 1}  {shown(query, 88)}\n{ANSWERS}")
         for j, answer in enumerate(answers[i]):
-            m = i * args.answers + j
+            lp, kl = (rows[i * args.answers + j].sum() for rows in (solver.lp, solver.kl))
             print(f"      {shown(answer, 24):<26}{reward[i, j]:9.3f}  {quality[i, j]:8.4f}   "
-                  f"{solver.advantage[i, j]:+10.5f}  {lp[m]:9.3f}  {kl[m]:9.2e}")
+                  f"{solver.advantage[i, j]:+10.5f}  {lp:9.3f}  {kl:9.2e}")
         value, v_q = reward[i].mean(), quality[i].mean()
-        line = f"      V = mean R = {value:.4f}, mean R_Q = {v_q:.4f}"
+        print(f"      V = mean R = {value:.4f}, mean R_Q = {v_q:.4f}", end="")
         if challenger:
-            paid = selfplay.PAY[args.pay](value[None]).item() + v_q
-            line += (f"; the Challenger is paid {args.pay}(V) + V_Q = {paid:+.4f}\n"
-                     f"      A_Ch = {challenger.advantage[i]:+.5f} (selfplay.advantages)   log pi(q) = "
-                     f"{challenger.lp[i].sum():.3f}   KL sum = {challenger.kl[i].sum():.2e}")
-        print(line)
+            paid, lp = selfplay.PAY[args.pay](value[None]).item() + v_q, challenger.lp[i].sum()
+            print(f"; the Challenger is paid {args.pay}(V) + V_Q = {paid:+.4f}")
+            print(f"      A_Ch = {challenger.advantage[i]:+.5f} (selfplay.advantages)   "
+                  f"log pi(q) = {lp:.3f}   KL sum = {challenger.kl[i].sum():.2e}", end="")
+        print()
 
 
-def show_update(game, args, learners):
-    """Print both losses and take the step."""
-    heading("UPDATE: of each player the text with the most to learn from, token by token",
-            "selfplay.player_loss")
-    for one in learners:
-        show_tokens(game, one)
-        show_loss(game, args, one)
-    total = 0.0
-    for one in learners:
-        total += one.alpha * add_gradient(game, args, one)["loss"]
-    norm = check(learning.take(game.optimizer))
-    losses = "L_Sol + alpha_Ch L_Ch" if len(learners) == 2 else "L_Sol"
-    print(f"\n  {losses} of the step itself: {total:+.6f}; gradient norm {norm:.4f}, "
-          f"cut to {learning.CLIP:g} (learning.take)")
-
-
-def add_gradient(game, args, one):
-    """Add the gradient of alpha times the loss of a Learner. Returns the terms of that loss."""
-    return selfplay.gradients(game, one.player, one.advantage, one.beta, args, one.alpha)
-
-
-def show_tokens(game, one):
-    """Print the text with the largest advantage token by token. A single token shows too little."""
+def show_update(game, args, one):
+    """Print the text of largest advantage, token by token, and then the loss over all texts."""
     texts = [ids for group in one.player.completions for ids in group]
     M, advantage = len(texts), one.advantage.flatten()
+    # A text of a single token, or of one token again and again, shows too little.
     m = max(range(M), key=lambda m: (len(set(texts[m])) > 1, abs(advantage[m])))
     A, weight = advantage[m], one.weight[m]
-    name = {"Sol": "solver", "Ch": "challenger"}[one.name]
-    print(f"\n  {name}: a text of advantage {A:+.4f}; weight {weight:.3f} (AGGREGATE), "
-          f"beta {one.beta:g}, M = {M} texts.")
-    print("  Slope of -ratio x A by this log pi: -A weight / M; the ratio pi/sg(pi) is 1, its "
-          "gradient is not")
-    print("      token                log pi   log pi_Ref    KL term      slope   beta weight KL / M")
+    print(f"\n  {one.name}: a text of advantage {A:+.4f}; weight {weight:.3f} (AGGREGATE), "
+          f"beta {one.beta:g}, M = {M} texts.\n{TOKENS}")
     for token, x, r, k in list(zip(texts[m], one.lp[m], one.ref[m], one.kl[m]))[:16]:
         text = shown(game.tokenizer.text.id_to_token(token), 16)
         print(f"      {text:<17}{x:10.5f}   {r:10.5f}  {k:9.2e}   {-A * weight / M:+8.5f}   "
@@ -165,17 +150,27 @@ def show_tokens(game, one):
     if len(texts[m]) > 16:
         print(f"      .. and {len(texts[m]) - 16} more tokens")
 
-
-def show_loss(game, args, one):
-    """Print the loss over all texts of a Learner, its two parts, and the norm of its gradient."""
-    terms = add_gradient(game, args, one)
+    terms = selfplay.gradients(game, one.player, one.advantage, one.beta, args, one.alpha)
     norm = get_total_norm([w.grad for w in learning.weights_of(game.optimizer)])
     game.optimizer.zero_grad()
+    name = {"solver": "L_Sol", "challenger": "L_Ch"}[one.name]
     kl = (one.weight * torch.stack([k.sum() for k in one.kl])).mean()
-    print("  policy = 1/M sum weight (-A) and KL = 1/M sum weight (KL sum), so")
-    print(f"  L_{one.name} = policy + beta KL = {terms['policy']:+.6f} + {one.beta:g} x {kl:.6f} = "
+    print("  policy = 1/M sum weight (-A) and KL = 1/M sum weight (KL sum) make the loss:")
+    print(f"  {name} = policy + beta KL = {terms['policy']:+.6f} + {one.beta:g} x {kl:.6f} = "
           f"{terms['loss']:+.6f}; in the sum times {one.alpha:g},")
-    print(f"  with a gradient of norm {norm:.5f} there (selfplay.gradients)")
+    print(f"  with a gradient of norm {norm:.5f} there; KL of a token {terms['kl']:.2e} on average "
+          "(selfplay.gradients)")
+
+
+def take_step(game, args, learners):
+    """Take the step on the sum of the losses, and print that sum."""
+    terms = [selfplay.gradients(game, one.player, one.advantage, one.beta, args, one.alpha)
+             for one in learners]
+    total = sum(one.alpha * term["loss"] for one, term in zip(learners, terms))
+    norm = check(learning.take(game.optimizer))
+    name = "L_Sol + alpha_Ch L_Ch" if len(learners) == 2 else "L_Sol"
+    print(f"\n  {name} of the step itself: {total:+.6f}; gradient norm {norm:.4f}, cut to "
+          f"{learning.CLIP:g}\n  (learning.take)")
 
 
 def show_after(game, args, answers, solver):
@@ -186,7 +181,7 @@ def show_after(game, args, answers, solver):
     for i, group in enumerate(answers):
         print(f"  q{i + 1}")
         for j, answer in enumerate(group):
-            old, new = (lp[i * args.answers + j].sum() for lp in (solver.lp, after))
+            old, new = (rows[i * args.answers + j].sum() for rows in (solver.lp, after))
             if answer not in group[:j]:  # equal ones once
                 print(f"      {shown(answer, 26):<28}A {solver.advantage[i, j]:+.3f}   log pi "
                       f"{old:9.4f} -> {new:9.4f}   p times {(new - old).exp():.3f}")
@@ -205,24 +200,91 @@ def spin_lesson(flags):
     it = spin.opponent_plays(game, args, 0, [], 0)
     half, different = len(it.pairs) // 2, [pair.answer != pair.rival for pair in it.pairs]
     if not any(different[half:]):
-        raise console.UserError("the opponent answers as people do, so no pair of this lesson teaches "
-                                "anything: try more --pairs")
-    number = different.index(True, half)
-    pair, ref = it.pairs[number], it.ref[number][None]  # [1, 2]
+        raise console.UserError("the opponent answers as people do, so no pair of this lesson "
+                                "teaches anything: try more --pairs")
+    i = different.index(True, half)
+    pair, ref = it.pairs[i], it.ref[i:i + 1]  # ref [1, 2]
     texts = [pair.prompt], [[pair.answer, pair.rival]], args.micro_batch
     opponent = token_logprobs(game.player, *texts)  # the player still is the opponent
     train(game, args, it, slice(half))
-
     print(f"(first trained on {half} other pairs, unseen: else the player were its opponent, "
           "and the margin 0)")
     heading("THE PAIR: the opponent answered too", "spin.opponent_plays")
-    print(f"  {shown(game.data[it.chosen[number]][0][-1]['content'], 96)}")
+    print(f"  {shown(game.data[it.chosen[i]][0][-1]['content'], 96)}")
     print(f"  {different.count(False)} of {len(different)} such pairs have two equal answers, "
           "and teach nothing")
-    show_pair_tokens(game, pair, token_logprobs(game.player, *texts), opponent)
+    show_pair_tokens(game, pair, opponent, token_logprobs(game.player, *texts))
     before = show_pair_loss(game, args, pair, ref)
     train(game, args, it, slice(half, None))
     heading(f"AFTER training on these {len(it.pairs) - half} pairs, {args.epochs} epochs",
             "spin.player_trains")
-    after = figures(game, args, pair, ref)
-    names = {"margin": "margin", "log p(y|x)": "logprob_answer", "log p(y'|x)": "logprob_rival"}
+    show_pair_after(game, args, pair, ref, before)
+
+
+def train(game, args, it, part):
+    """Train on a part of an iteration's pairs as on a whole iteration."""
+    some = it._replace(pairs=it.pairs[part], ref=it.ref[part])
+    for row in spin.player_trains(game, args, some, spin.rmsprop(game.player)):
+        check(row["gradient_norm"])
+
+
+def show_pair_tokens(game, pair, opponent, player):
+    """Print a pair token by token. opponent, player: their log p of the answer and of the rival."""
+    heading("TOKENS: under the player p and the opponent p_t", "model.logprobs")
+    for who, ids, ref, lp in zip(("y   people's answer", "y'  the opponent's"),
+                                 (pair.answer, pair.rival), opponent, player):
+        print(f"  {who}\n      token              log p   log p_t     log p / p_t")
+        for token, x, r in list(zip(ids, lp, ref))[:24]:
+            text = shown(game.tokenizer.text.id_to_token(token), 14)
+            print(f"      {text:<15}{x:9.4f} {r:9.4f}   {x - r:+9.4f}")
+        print(f"      {'sum':<15}{lp.sum():9.4f} {ref.sum():9.4f}   {(lp - ref).sum():+9.4f}")
+
+
+def show_pair_loss(game, args, pair, ref):
+    """Print a pair's margin and loss, and where the loss moves the player. Returns its figures."""
+    lam = spin.of_iteration(args.lam, 0)
+    row = spin.spin_gradients(game.player, [pair], ref, lam, args)
+    norm = get_total_norm([w.grad for w in game.player.parameters()])
+    game.player.zero_grad()
+    margin = torch.tensor(row["margin"], requires_grad=True)
+    slope = lam * torch.autograd.grad(spin.LOSS[args.loss](margin), margin)[0]
+    answer, rival = row["logprob_answer"] - ref[0, 0], row["logprob_rival"] - ref[0, 1]
+    print(f"\nLOSS\n  margin = {lam:g} ({answer:+.4f} - {rival:+.4f}) = {margin:+.4f}   "
+          "(spin.spin_margin)")
+    print(f"  loss = {args.loss}(margin) = {row['loss']:.5f}   (spin.spin_loss)")
+    print(f"  its slope by log p(y|x) is {slope:+.4f}, by log p(y'|x) {-slope:+.4f}: only the\n"
+          "  difference is trained, so both may fall")
+    print(f"  the gradient of this pair has norm {norm:.4f}   (spin.spin_gradients)")
+    return row
+
+
+def show_pair_after(game, args, pair, ref, before):
+    """Print what became of a pair's figures. before: as spin_gradients returned them."""
+    lp = spin.opponent_logprobs(game.player, [pair], args.micro_batch)  # [1, 2], of the player now
+    margin = spin.spin_margin(lp, ref, spin.of_iteration(args.lam, 0)).item()
+    print(f"  margin {before['margin']:+.4f} -> {margin:+.4f}   "
+          f"log p(y|x) {before['logprob_answer']:.4f} -> {lp[0, 0]:.4f}   "
+          f"log p(y'|x) {before['logprob_rival']:.4f} -> {lp[0, 1]:.4f}")
+
+
+LESSONS = {"selfplay": selfplay_lesson, "spin": spin_lesson}
+
+
+def main(argv=None):
+    """Give the lesson that the first word names. All other words are flags of that game."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in ("-h", "--help"):
+        print(f"usage: explain.py {{selfplay,spin}} [flags of that game]\n\n{__doc__.strip()}")
+        return
+    if not words or words[0] not in LESSONS:
+        raise console.UserError("the first word names the game, selfplay or spin; its flags follow")
+    for word in words[1:]:
+        if word.partition("=")[0] in ("--resume", "--run", "--dry-run"):
+            raise console.UserError(f"{word}: a lesson is no run and saves nothing: leave it out")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise console.UserError("a lesson is for one process: start it without torchrun")
+    LESSONS[words[0]](words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(console.run_command(main))

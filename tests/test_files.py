@@ -267,6 +267,8 @@ GOOD = '{"prompt": "p", "answer": "a"}'
     ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2: the first turn"),
     ('{"messages": 5}', "line 2: every message"),
     ("[" * 100000, "line 2: not JSON"),
+    ('{"prompt": "a\\ud800", "answer": "b"}', "line 2: half of a surrogate pair"),
+    ('{"prompt": "a", "answer": "b\\udfff"}', "line 2: half of a surrogate pair"),
     ("", "1 line of data"),
 ])
 def test_bad_data_is_one_line_with_its_number(tmp_path, second, says):

@@ -6,7 +6,6 @@ import fuzz
 import pytest
 from conftest import ROOT
 
-import evaluate
 import model as llama
 
 
@@ -52,38 +51,3 @@ def test_a_hostile_template(name, tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(llama.UserError, match=says):
         llama.Tokenizer(tmp_path).chat([{"role": "user", "content": "hello"}])
-
-
-def test_time_limits_nest():
-    """The end of an inner limit does not lift the outer one, and the earlier of two limits counts.
-
-    Code inside the block cannot swallow a limit.
-    """
-    limited = llama.time_limit
-    with pytest.raises(llama.UserError, match="outer"), limited(0.2, "outer"), limited(5, "inner"):
-        time.sleep(5)
-    with pytest.raises(llama.UserError, match="outer"), limited(0.2, "outer"):
-        for _ in range(50):
-            try:
-                time.sleep(0.1)
-            except Exception:  # a user's own reward may do this: the limit must still work
-                pass
-    with pytest.raises(llama.UserError, match="again"), limited(0.1, "again"):
-        try:
-            time.sleep(5)
-        except BaseException:  # the worst that a user's code can do: the limit comes back later
-            pass
-        time.sleep(5)
-    with pytest.raises(llama.UserError, match="outer"), limited(0.3, "outer"):
-        with limited(5, "inner"):
-            pass
-        time.sleep(5)
-    with pytest.raises(llama.UserError, match="inner"), limited(5, "outer"), limited(0.1, "inner"):
-        time.sleep(5)
-    time.sleep(0.05)  # no limit is left running
-
-
-def test_half_a_surrogate_pair_is_no_text(tmp_path):
-    (tmp_path / "data.jsonl").write_text('{"prompt": "a\\ud800", "answer": "b"}\n' * 2)
-    with pytest.raises(llama.UserError, match="line 1: half of a surrogate"):
-        evaluate.read_data(tmp_path / "data.jsonl")

@@ -1,13 +1,11 @@
 """The referees: the exact reward, the judge, reward models, and a function of the user's own."""
-import json
-import shutil
+import random
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, small_config
+from conftest import ROOT, SHARED, copy_tokenizer, llama3_tokenizer, random_llama, small_config
 
 import rewards
-from model import Llama, config_from_json, load
 from rewards import (
     ExactReward,
     MathReward,
@@ -18,9 +16,8 @@ from rewards import (
     judged,
     load_referee,
 )
+from support import console, files
 from support.console import UserError
-from support.files import read_data
-from support.text import Tokenizer
 from tiny import language
 
 QUERIES = ['Take "kobani", reverse it.', "Add 2 and 3.", 'Take "kobani", fly it.']
@@ -50,6 +47,35 @@ def test_quality_is_the_expected_digit_of_a_plain_forward_pass(tiny):
             assert torch.isclose(score[i, j], (p * torch.arange(8)).sum() / 7, atol=1e-5)
 
 
+def test_last_states_are_those_of_whole_texts(small):
+    """Whatever a group shares: the first id, all but the last, a whole text, all of its texts."""
+    rows = [[[1, 5, 6], [1, 7]], [[1, 8, 9, 4], [1, 8, 9, 4], [1, 8, 9, 3]],
+            [[1, 5], [1, 5, 6, 7], [1, 5, 6]], [[1, 2, 3]]]
+    texts = [ids for group in rows for ids in group]
+    with torch.no_grad():
+        found = rewards.last_states(small, rows)
+        for state, ids in zip(found, texts, strict=True):
+            assert torch.allclose(state, small(torch.tensor([ids]))[0, -1], atol=1e-5)
+
+
+def test_equal_answers_are_graded_once():
+    asked = []
+
+    def grade(different):
+        asked.append(different)
+        return torch.tensor([float(len(text)) for group in different for text in group])
+    grades = rewards.each_once(grade, [["a", "bb", "a"], ["bb", "bb", "ccc"]])
+    assert grades.tolist() == [[1, 2, 1], [2, 2, 3]]
+    assert asked == [[["a", "bb"], ["bb", "ccc"]]]
+
+
+def test_a_tokenizer_without_digits_is_refused(tiny, monkeypatch):
+    model, tokenizer = tiny
+    monkeypatch.setattr(tokenizer, "encode", lambda text: [1, 2])
+    with pytest.raises(UserError, match="no single token for each digit 0 to 7"):
+        QualityReward(model, tokenizer)
+
+
 def test_quality_of_equal_answers_and_single_groups(tiny):
     model, tokenizer = tiny
     judge = QualityReward(model, tokenizer)
@@ -63,7 +89,6 @@ def test_the_committed_judge_tells_good_from_bad(tiny):
     It must grade right answers above wrong ones, and real tasks above nonsense.
     """
     model, tokenizer = tiny
-    import random
     rng = random.Random(5)
     queries = [language.draw(rng, held_out=True) for _ in range(100)]
     judge = QualityReward(model, tokenizer)
@@ -75,20 +100,17 @@ def test_the_committed_judge_tells_good_from_bad(tiny):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_reward_model_equals_transformers(tmp_path, family):
+def test_reward_model_equals_transformers(tmp_path, tiny, transformers, family):
     """The score at the last real token is within 1e-4, in a batch of texts of unequal length."""
-    transformers = pytest.importorskip(
-        "transformers", reason="the peer library transformers is not installed")
     torch.manual_seed(0)
-    tokenizer = load(ROOT / "tiny")[1]
+    tokenizer = tiny[1]
     settings = small_config(model_type=family, vocab_size=200, max_position_embeddings=128,
                             initializer_range=0.3, num_labels=1)
     settings.pop("architectures")
     config = transformers.AutoConfig.for_model(**settings)
     peer = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     peer.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "tiny" / name, tmp_path)
+    copy_tokenizer(tmp_path)
     scores = RewardModel(tmp_path)(QUERIES, ANSWERS)
     assert scores.shape == (3, 2) and scores.std() > 0.01
     for query, group, row in zip(QUERIES, ANSWERS, scores):
@@ -138,7 +160,7 @@ def test_math_reward_on_gsm8k():
     path = SHARED / "gsm8k" / "test.jsonl"
     if not path.is_file():
         pytest.skip("GSM8K is not at hand (../shared/data)")
-    data = read_data(path)
+    data = files.read_data(path)
     queries = [messages[-1]["content"] for messages, _ in data]
     answers = [answer for _, answer in data]
     reward = MathReward(data)
@@ -155,13 +177,18 @@ def test_written_verdicts(tiny, monkeypatch):
     verdicts = ("Good. <score>6</score>", "<score>2</score> no, <score> 3 </score>", "six",
                 "<score>8</score>", "")
     assert [judge.parse(v) for v in verdicts] == [6, 3, None, None, None]
-    verdicts = iter(["<score>7</score>", "it is fine", "<score>3</score>"])
+    verdicts, asked = iter(["<score>7</score>", "it is fine", "<score>3</score>"]), []
 
-    def sample_all(model, prompts, *rest):
+    def sample_all(model, prompts, group, max_new_tokens, temperature):
+        assert (model, group, max_new_tokens, temperature) == (judge.model, 1, 160, 0)
+        asked.extend(prompts)
         return [[next(verdicts)] for _ in prompts]
-    monkeypatch.setattr(rewards, "sample_all", sample_all)
-    monkeypatch.setattr(judge.tokenizer, "decode", lambda ids: ids)
-    scores = judge(["q", "p"], [["a", "b"], ["c", "c"]])
+    with monkeypatch.context() as patch:
+        patch.setattr(rewards, "sample_all", sample_all)
+        patch.setattr(judge.tokenizer, "decode", lambda ids: ids)
+        scores = judge(["q", "p"], [["a", "b"], ["c", "c"]])
+    text = f"{rewards.RUBRIC} {rewards.WRITTEN}\n\nQuery:\np\n\nAnswer:\nc"
+    assert asked[2:] == [judge.tokenizer.chat([{"role": "user", "content": text}])]
     assert torch.allclose(scores, torch.tensor([[1.0, 0.0], [3 / 7, 3 / 7]]))
     assert judge.malformed == pytest.approx(1 / 3)
 
@@ -171,16 +198,10 @@ def test_the_real_rubric_on_another_tokenizer(tmp_path):
 
     Its score is the expected digit, too.
     """
-    if not (SHARED / "llama3_tokenizer").is_dir():
-        pytest.skip("Llama 3's vocabulary is not at hand (../shared/data)")
-    shutil.copy(SHARED / "llama3_tokenizer" / "tokenizer.json", tmp_path)
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": template, "bos_token": "<|begin_of_text|>"}))
-    tokenizer = Tokenizer(tmp_path)
-    raw = small_config(vocab_size=128256, max_position_embeddings=512)
+    tokenizer = llama3_tokenizer(tmp_path, template)
     torch.manual_seed(0)
-    model = Llama(config_from_json(raw))
+    model = random_llama(vocab_size=128256, max_position_embeddings=512)
     score = QualityReward(model, tokenizer)(["What is 2 + 2?"], [["4", "five"]])
     text = (f"{rewards.RUBRIC} {rewards.EXPECTED}\n\n"
             "Query:\nWhat is 2 + 2?\n\nAnswer:\nfive")
@@ -190,6 +211,15 @@ def test_the_real_rubric_on_another_tokenizer(tmp_path):
         p = model.logits(torch.tensor([ids]))[0, -1, digits].softmax(-1)
     expected = ((p * torch.arange(8)).sum() / 7).item()
     assert score[0, 1].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("spec, is_one", [
+    ("org/model", True), ("org/model@v1", True), (str(ROOT / "tiny"), True),
+    ("exact", False), ("math", False), ("mine.py:f", False), ("models/mine.py:f", False),
+    ("nowhere", False), (str(ROOT / "model.py"), False),
+])
+def test_what_names_a_reward_model(spec, is_one):
+    assert rewards.names_model(spec) == is_one
 
 
 def test_a_users_referee(tmp_path):
@@ -209,6 +239,16 @@ def test_a_users_referee(tmp_path):
     file.write_text("def short(:\n")
     with pytest.raises(UserError, match="does not load"):
         load_referee(f"{file}:short")
+
+
+def test_a_users_referee_is_guarded(tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text("import time\ndef f(queries, answers):\n    time.sleep(9)\n"
+                    "def g(queries, answers):\n    return 1 / 0\n")
+    monkeypatch.setattr(console, "REWARD_SECONDS", 0.05)
+    for name, message in (("f", "took longer than 0.05 seconds"), ("g", "mine.py, line 5")):
+        with pytest.raises(UserError, match=message):
+            judged(load_referee(f"{file}:{name}"), QUERIES, ANSWERS)
 
 
 @pytest.mark.parametrize("value, message", [

@@ -1,0 +1,135 @@
+"""The pictures of README.md and docs/, drawn from runs: `python recipes/figures.py`.
+
+It draws what it finds runs for in runs/, and says how to play the runs that it lacks:
+
+    docs/curves.png      the curves of one run of LSP, seed 0
+    docs/gains.png       right answers before and after, by seed
+    docs/collapse.png    well-formed queries of LSP-Zero and LSP, with an eager Challenger
+    docs/spin.png        right answers after each iteration of SPIN
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from support import console, report
+
+SEEDS = (0, 1, 2)
+EAGER = "--steps 900 --alpha-ch 0.03 --seed 10"
+COMMANDS = {  # a run's name -> how it is played
+    **{f"lsp-s{s}": f"selfplay.py --steps 500 --seed {s}" for s in SEEDS},
+    "zero-eager": f"selfplay.py --game lsp-zero {EAGER}",
+    "lsp-eager": f"selfplay.py {EAGER}",
+    "spin-s0": "spin.py --seed 0",
+}
+BEFORE, AFTER = report.COLOURS[:2]
+
+
+def new_axes(title, columns=1):
+    """A figure with one row of axes, without pyplot: [figure, axes, ..]."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3.6 * columns + 1, 3.2), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    figure.suptitle(title, fontsize=11)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+    return [figure, *axes]
+
+
+def scores_of(run):
+    """{player: {"sampled": [share, low, high], "greedy": ..}} of a run, in percent."""
+    names = json.loads((run / "evaluation.json").read_text())["scores"]
+    return {name: {key: [100 * x for x in kinds["all"][key]] for key in ("sampled", "greedy")}
+            for name, kinds in names.items()}
+
+
+def with_intervals(axis, places, points, **style):
+    """Draw points [mean, low, high] with their intervals."""
+    means = [mean for mean, _, _ in points]
+    below = [mean - low for mean, low, _ in points]
+    above = [high - mean for mean, _, high in points]
+    axis.errorbar(places, means, [below, above], marker="o", capsize=3, **style)
+
+
+def draw_gains(runs, path):
+    """Right answers of the start and of the trained model, by seed."""
+    figure, *axes = new_axes("LSP, 500 steps: right answers of 1,000 held-out instructions, %", 2)
+    for axis, key in zip(axes, ("sampled", "greedy")):
+        for player, shift, colour in (("start", -0.07, BEFORE), ("now", 0.07, AFTER)):
+            points = [scores_of(run)[player][key] for run in runs]
+            with_intervals(axis, [i + shift for i in range(len(runs))], points, linestyle="",
+                           color=colour, label={"start": "before", "now": "after"}[player])
+        axis.set_xticks(range(len(runs)), [f"seed {s}" for s in SEEDS])
+        axis.set_xlim(-0.5, len(runs) - 0.5)
+        axis.set_ylim(45, 85)
+        axis.set_title({"sampled": "temperature 1", "greedy": "greedy"}[key], fontsize=10)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def draw_collapse(runs, path):
+    """Well-formed queries and the mean reward over the steps of LSP-Zero and LSP."""
+    figure, *axes = new_axes("An eager Challenger (alpha_Ch 0.03): with and without the judge", 2)
+    titles = {"valid": "queries that have a right answer", "reward": "mean reward"}
+    for run, name, colour in zip(runs, ("LSP-Zero", "LSP"), (AFTER, BEFORE)):
+        figures = report.read_metrics(run)
+        for axis, key in zip(axes, titles):
+            axis.plot(figures["step"], figures[key], color=colour, alpha=0.2, linewidth=0.7)
+            axis.plot(figures["step"], report.smooth(figures[key], 20), color=colour, label=name)
+            axis.set_title(titles[key], fontsize=10)
+            axis.set_xlabel("step", fontsize=9)
+            axis.set_ylim(0, 1)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def draw_spin(runs, path):
+    """Right answers of the start and of each iterate, with their intervals."""
+    figure, axis = new_axes("SPIN: right answers of 1,000 held-out instructions, %")
+    scores = scores_of(runs[0])
+    for key, colour in (("sampled", BEFORE), ("greedy", AFTER)):
+        with_intervals(axis, range(len(scores)), [own[key] for own in scores.values()],
+                       color=colour, label={"sampled": "temperature 1", "greedy": "greedy"}[key])
+    axis.set_xticks(range(len(scores)), [name.replace("iteration ", "it. ") for name in scores])
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def draw_curves(runs, path):
+    """The picture that a run draws of itself."""
+    report.picture(runs, path)
+
+
+PICTURES = {  # picture -> (what draws it, the runs it needs)
+    "curves.png": (draw_curves, ["lsp-s0"]),
+    "gains.png": (draw_gains, [f"lsp-s{s}" for s in SEEDS]),
+    "collapse.png": (draw_collapse, ["zero-eager", "lsp-eager"]),
+    "spin.png": (draw_spin, ["spin-s0"]),
+}
+
+
+def main(argv=None):
+    """Draw every picture whose runs are there; name the commands for the others."""
+    parser = argparse.ArgumentParser(prog="figures.py", description=__doc__.split(":")[0] + ".",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--runs", default="runs", help="folder of the runs")
+    parser.add_argument("--out", default=str(ROOT / "docs"), help="folder for the pictures")
+    args = parser.parse_args(argv)
+    if not Path(args.out).is_dir():
+        raise console.UserError(f"--out {args.out}: no such folder")
+    for name, (draw, needed) in PICTURES.items():
+        runs = [Path(args.runs) / run for run in needed]
+        missing = [run for run in runs if not (run / "curves.png").is_file()]  # it is drawn last
+        for run in missing:
+            print(f"{name} needs a finished run: python {COMMANDS[run.name]} --run {run.name}")
+        if not missing:
+            draw(runs, Path(args.out) / name)
+            print(f"drawn: {Path(args.out) / name}")
+
+
+if __name__ == "__main__":
+    sys.exit(console.run_command(main))
