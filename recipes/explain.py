@@ -128,9 +128,10 @@ def show_play(game, args, queries, answers, reward, quality, solver, challenger=
         print(f"      V = mean R = {value:.4f}, mean R_Q = {v_q:.4f}", end="")
         if challenger:
             paid, lp = selfplay.PAY[args.pay](value[None]).item() + v_q, challenger.lp[i].sum()
-            print(f"; the Challenger is paid {args.pay}(V) + V_Q = {paid:+.4f}")
-            print(f"      A_Ch = {challenger.advantage[i]:+.5f} (selfplay.advantages)   "
-                  f"log pi(q) = {lp:.3f}   KL sum = {challenger.kl[i].sum():.2e}", end="")
+            print(f"; the Challenger gets {args.pay}(V) + V_Q = {paid:+.4f}")
+            print(f"      A_Ch = {challenger.advantage[i]:+.5f} (selfplay.advantages)")
+            print(f"      log pi(q) = {lp:.3f} (model.logprobs)   "
+                  f"KL sum = {challenger.kl[i].sum():.2e} (selfplay.KL)", end="")
         print()
 
 
@@ -170,7 +171,7 @@ def take_step(game, args, learners):
     norm = check(learning.take(game.optimizer))
     name = "L_Sol + alpha_Ch L_Ch" if len(learners) == 2 else "L_Sol"
     print(f"\n  {name} of the step itself: {total:+.6f}; gradient norm {norm:.4f}, cut to "
-          f"{learning.CLIP:g}\n  (learning.take)")
+          f"at most {learning.CLIP:g}\n  (learning.take)")
 
 
 def show_after(game, args, answers, solver):
@@ -262,8 +263,8 @@ def show_pair_after(game, args, pair, ref, before):
     """Print what became of a pair's figures. before: as spin_gradients returned them."""
     lp = spin.opponent_logprobs(game.player, [pair], args.micro_batch)  # [1, 2], of the player now
     margin = spin.spin_margin(lp, ref, spin.of_iteration(args.lam, 0)).item()
-    print(f"  margin {before['margin']:+.4f} -> {margin:+.4f}   "
-          f"log p(y|x) {before['logprob_answer']:.4f} -> {lp[0, 0]:.4f}   "
+    print(f"  margin {before['margin']:+.4f} -> {margin:+.4f}   (spin.spin_margin)\n"
+          f"  log p(y|x) {before['logprob_answer']:.4f} -> {lp[0, 0]:.4f}   "
           f"log p(y'|x) {before['logprob_rival']:.4f} -> {lp[0, 1]:.4f}")
 
 

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT, command
 
 import selfplay
+import spin
 from recipes import explain
 
 TINY = ("--model", str(ROOT / "tiny"), "--device", "cpu")
@@ -44,7 +45,7 @@ def test_both_losses_follow_from_the_printed_advantages_and_kl(step):
     """LSP section 2: L = 1/M sum (beta KL sum - A), policy + beta KL, and L_Sol + alpha_Ch L_Ch."""
     # R, R_Q, A_Sol, log pi and KL sum. In a token's row the third number has no sign.
     answers = numbers(r"^      \S.*? N +N +(?=[+-])N +N +N$", step)
-    queries = numbers(r"A_Ch = N .*KL sum = N", step)
+    queries = numbers(r"A_Ch = N .*\n.*KL sum = N", step)
     assert len(answers) == 12 and len(queries) == 3
     l_sol = sum(3 * kl - a for _, _, a, _, kl in answers) / 12
     l_ch = sum(5 * kl - a for a, kl in queries) / 3
@@ -84,7 +85,7 @@ def test_the_step_changed_something(step):
 
 @pytest.mark.parametrize("flags", [
     ("--game", "grpo"),
-    ("--game", "lsp-zero", "--aggregate", "mean", "--kl-form", "literal"),
+    ("--game", "lsp-zero", "--aggregate", "mean", "--kl-form", "literal", "--pay", "absolute-zero"),
     ("--aggregate", "token", "--advantage", "std", "--dtype", "bfloat16")])
 def test_the_parts_make_the_loss_with_other_settings(tmp_path, flags):
     """policy + beta KL is the loss that selfplay.gradients returns, however texts are weighted."""
@@ -110,6 +111,23 @@ def test_the_pair_is_real(tmp_path):
     assert old == margin and new > old and margin != 0
 
 
+def test_the_pair_is_trained_as_in_the_game(tmp_path):
+    """The same pair, trained by spin.player_trains: the same margin before and after."""
+    out = lesson(tmp_path, "spin", *TINY)
+    args = spin.parse_args([*TINY, "--pairs", "128", "--iterations", "1", "--lam", "1"])
+    game = spin.set_up(args)
+    it = spin.opponent_plays(game, args, 0, [], 0)
+    i = next(i for i in range(64, 128) if it.pairs[i].answer != it.pairs[i].rival)
+    margins = []
+    for part in (slice(64), slice(64, None)):
+        some = it._replace(pairs=it.pairs[part], ref=it.ref[part])
+        list(spin.player_trains(game, args, some, spin.rmsprop(game.player)))
+        lp = spin.opponent_logprobs(game.player, [it.pairs[i]], args.micro_batch)
+        margins.append(spin.spin_margin(lp, it.ref[i:i + 1], 1.0).item())
+    assert numbers("^  margin N -> N ", out) == [pytest.approx(margins, abs=1e-3)]
+    assert game.data[it.chosen[i]][0][-1]["content"] in out
+
+
 def test_the_margin_is_0_before_any_training(tmp_path):
     """With a single pair nothing is trained unseen: the player still is its opponent."""
     out = lesson(tmp_path, "spin", *TINY, "--pairs", "1")
@@ -121,7 +139,8 @@ def test_a_gradient_that_is_not_finite_is_one_line(tmp_path):
     done = command(explain, tmp_path, "selfplay", *TINY, "--game", "lsp-zero",
                    "--reward", "mine.py:huge")
     assert done.returncode == 2 and "the gradient's norm is" in done.stderr
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
+    assert done.stderr.count("\n") == 1 and not done.stdout
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("words, says", [
