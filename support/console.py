@@ -182,7 +182,7 @@ def load_function(path, name, flag):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code may raise
+    except (Exception, SystemExit) as error:  # whatever the user's code may raise
         raise UserError(f"{flag}: {path} does not load: {_where(error)}") from None
     if not callable(getattr(module, name, None)):
         raise UserError(f"{flag}: {path} has no function {name!r}")
@@ -201,13 +201,15 @@ def guarded(function):
                 return function(queries, answers)
         except UserError:
             raise
-        except Exception as error:  # whatever the user's code may raise
+        except (Exception, SystemExit) as error:  # whatever the user's code may raise
             raise UserError(f"the reward {name} failed: {_where(error)}") from error
     return reward
 
 
 def _where(error):
     """What went wrong in a user's code, on one line: the error, and where it was raised."""
+    if isinstance(error, SyntaxError):  # its text names the file and the line
+        return f"SyntaxError: {one_line(error)}"
     frames = traceback.extract_tb(error.__traceback__)
     last = [frame for frame in frames if "site-packages" not in frame.filename][-1]
     return (f"{type(error).__name__}: {one_line(error)} "

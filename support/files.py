@@ -193,15 +193,18 @@ def write_folder(folder, raw, tensors, copy_from):
     Raises UserError where it cannot be written.
     """
     folder = Path(folder)
+    new = folder / "model.safetensors.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         for name in TOKENIZER_FILES:
             if (copy_from / name).is_file() and copy_from.resolve() != folder.resolve():
                 shutil.copyfile(copy_from / name, folder / name)
-        save_file(tensors, folder / "model.safetensors.new", metadata={"format": "pt"})
-        (folder / "model.safetensors.new").replace(folder / "model.safetensors")
+        save_file(tensors, new, metadata={"format": "pt"})
+        new.replace(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
+        if folder.is_dir():
+            new.unlink(missing_ok=True)  # it takes up the room that is missing
         raise UserError(f"{folder} cannot be written ({one_line(error)})") from None
 
 

@@ -257,7 +257,8 @@ def test_a_users_function_is_loaded(users):
 
 
 @pytest.mark.parametrize("code, name, says", [
-    ("def f(:\n", "f", "mine.py does not load: SyntaxError: .*mine.py, line 1"),
+    ("def f(:\n", "f", r"mine.py does not load: SyntaxError: .*\(mine.py, line 1\)$"),
+    ("import sys\nsys.exit(0)\n", "f", r"does not load: SystemExit: 0 \(mine.py, line 2\)"),
     ("x = 1\ny = missing\n", "f",
      r"mine.py does not load: NameError: name 'missing' is not defined \(mine.py, line 2\)"),
     ("import no_such_module\n", "f", r"does not load: ModuleNotFoundError: .* \(mine.py, line 1\)"),
@@ -294,8 +295,9 @@ def test_a_guarded_reward_is_the_users_own():
 
 @pytest.mark.parametrize("body, says", [
     ("1 / 0", "the reward f failed: ZeroDivisionError: division by zero (mine.py, line 3)"),
+    ("raise SystemExit(0)", "the reward f failed: SystemExit: 0 (mine.py, line 3)"),
     ("raise ValueError('one\\ntwo')", "the reward f failed: ValueError: one two (mine.py, line 3)"),
-    ("import torch; torch.ones(2) + torch.ones(3)",  # deep inside a library: the user's line counts
+    ("import torch; torch.nn.Linear(2, 3)(torch.ones(5))",  # it fails inside a library
      "(mine.py, line 3)"),
     ("time.sleep(9)", "the reward f took longer than 0.05 seconds for one step"),
     ("[swallow() for _ in range(99)]",
