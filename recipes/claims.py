@@ -25,9 +25,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import evaluate  # noqa: E402 (the repository's own module, found through the line above)
-from support import console, report, runs  # noqa: E402
-from tiny import language  # noqa: E402
+import evaluate
+from support import console, report, runs
+from tiny import language
 
 START = ROOT / "tiny"  # the model that all methods start from
 HELD_OUT = 1  # which draw of held-out instructions; the settings were chosen on other draws

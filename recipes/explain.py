@@ -22,10 +22,10 @@ from torch.nn.utils import get_total_norm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import selfplay  # noqa: E402 (the repository's own, found through the line above)
-import spin  # noqa: E402
-from model import logprobs, pack  # noqa: E402
-from support import console, learning, machine  # noqa: E402
+import selfplay
+import spin
+from model import logprobs, pack
+from support import console, learning, machine
 
 
 def token_logprobs(model, prompts, completions, micro_batch, temperature=1.0):

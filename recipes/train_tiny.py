@@ -24,11 +24,11 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import Config, Llama, generate, load, logprobs, pack, save  # noqa: E402
-from rewards import QualityReward  # noqa: E402 (the repository's own, found through the line above)
-from support import console  # noqa: E402
-from support.text import Tokenizer  # noqa: E402
-from tiny import language  # noqa: E402
+from model import Config, Llama, generate, load, logprobs, pack, save
+from rewards import QualityReward
+from support import console
+from support.text import Tokenizer
+from tiny import language
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}"

@@ -295,7 +295,7 @@ def modern(settings):
         old.pop(gone, None)
     old["low_memory"] = bool(old.pop("recompute", False)) | bool(old.pop("offload", False))
     if revision := old.pop("revision", None):
-        old["model"] = f"{old['model']}@{revision}"
+        old["model"] = f"{old.get('model')}@{revision}"
     if old.get("game") == "lsp" and old.get("quality") == 0:
         old["game"] = "lsp-zero"
     if "lam_last" in old:  # SPIN's per-iteration settings were two numbers, not one an iteration
@@ -304,7 +304,7 @@ def modern(settings):
             t = old["iterations"]
             old["lam"] = [first] * (t - 1) + [last if t > 1 else first]
             old["lr"] = [early] * min(t, 2) + [late] * (t - 2)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError, MemoryError) as error:
             raise UserError(f"settings.json: not a run's settings ({error})") from None
     return old
 

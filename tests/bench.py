@@ -36,14 +36,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
-import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-import evaluate  # noqa: E402
-import model as llama  # noqa: E402
-import selfplay  # noqa: E402
-import spin  # noqa: E402
-from tiny import language  # noqa: E402
+import evaluate
+import model as llama
+import selfplay
+import spin
+from tiny import language
 
 ROUNDS, ANSWERS = 7, 16
 

@@ -40,10 +40,10 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU: TRL would use every GPU that it sees
 
-import torch  # noqa: E402
+import torch
 
-import model as llama  # noqa: E402
-import selfplay  # noqa: E402
+import model as llama
+import selfplay
 
 LLAMA3 = {
     "rope_theta": 500000.0, "vocab_size": 128256, "num_key_value_heads": 8,

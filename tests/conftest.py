@@ -19,9 +19,9 @@ sys.path.insert(0, str(ROOT))
 # Every machine uses the same number of threads, unless OMP_NUM_THREADS sets another one.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
-import model as llama  # noqa: E402
-from support import console, report  # noqa: E402
-from support.text import Tokenizer  # noqa: E402
+import model as llama
+from support import console, report
+from support.text import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
+from safetensors import safe_open
 
-import evaluate  # noqa: E402
-import model as llama  # noqa: E402
-import selfplay  # noqa: E402
+import model as llama
+import selfplay
+import spin
+from support import console, files, learning, report, runs, text
 
 SECONDS, MEMORY = 5, 4 * 2**30
-llama.TEMPLATE_SECONDS = 1  # the usual limit is longer, and there are a hundred hostile templates
+text.TEMPLATE_SECONDS = 1  # the usual limit is longer, and there are a hundred hostile templates
 LOOP = "{% for i in range(99999) %}"
 ABSURD = [
     None, True, -1, 0, 1, 2.5, 1e308, float("nan"), float("inf"), 10**12, 10**30,
@@ -38,16 +40,22 @@ DEEP = "[" * 100000
 
 
 def chat(folder):
-    tokenizer = llama.Tokenizer(folder)
+    tokenizer = text.Tokenizer(folder)
     tokenizer.chat([{"role": "user", "content": "hello <|end|>"}])
 
 
 def state(folder):
-    llama.read_state(folder / evaluate.CHECKPOINT)
+    learning.read_state(folder / runs.CHECKPOINT)
 
 
 def weights(folder):
     llama.load(folder)
+
+
+def settings(folder):
+    """A run's settings, as an older version wrote them: of LSP, or of SPIN."""
+    whole_game = '"game": "spin"' in (folder / "settings.json").read_text(errors="replace")
+    (spin if whole_game else selfplay).parse_args(["--resume", str(folder)])
 
 
 # The file that is broken, and how it is read. All other files of the folder are whole.
@@ -58,13 +66,13 @@ READERS = {
     "model.safetensors.index.json": weights,
     "tokenizer.json": chat,
     "tokenizer_config.json": chat,
-    "data.jsonl": lambda folder: evaluate.read_data(folder / "data.jsonl"),
+    "data.jsonl": lambda folder: files.read_data(folder / "data.jsonl"),
     "instructions.json":
-        lambda folder: evaluate.read_instructions(folder / "instructions.json"),
-    "metrics.jsonl": lambda folder: evaluate.read_metrics(folder),
-    "games.jsonl": lambda folder: evaluate.read_games(folder),
-    "settings.json": lambda folder: selfplay.parse_args(["--resume", str(folder)]),
-    evaluate.CHECKPOINT: state,
+        lambda folder: files.read_instructions(folder / "instructions.json"),
+    "metrics.jsonl": lambda folder: report.read_metrics(folder),
+    "games.jsonl": lambda folder: report.read_games(folder),
+    "settings.json": settings,
+    runs.CHECKPOINT: state,
 }
 
 
@@ -79,10 +87,10 @@ def whole(folder):
     raw = model.raw | {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    small = llama.Llama(llama.Config.from_json(raw), raw)
-    small.folder = ROOT / "tiny"
+    small = llama.Llama(llama.config_from_json(raw))
+    small.raw, small.folder = raw, ROOT / "tiny"
     llama.save(small, folder)
-    with llama.safe_open(folder / "model.safetensors", "pt") as file:
+    with safe_open(folder / "model.safetensors", "pt") as file:
         names = list(file.keys())
     write_json(folder / "model.safetensors.index.json", {
         "metadata": {"total_size": 1},
@@ -100,9 +108,11 @@ def whole(folder):
         '{"step": 2, "reward": 0.25}\n')
     game = {"query": "q", "valid": True, "challenger_advantage": 0.1, "answers": []}
     (folder / "games.jsonl").write_text((json.dumps({"step": 1, "games": [game]}) + "\n") * 3)
-    write_json(folder / "settings.json", {"game": "lsp", "lr": 0.1, "torch": "2"})
+    write_json(folder / "settings.json", {
+        "game": "spin", "lr": 0.1, "lr_late": 0.1, "lam": 1.0, "lam_last": 2.0, "iterations": 3,
+        "revision": "v1", "model": "org/tiny", "recompute": True, "clip": 1.0, "torch": "2"})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
-    llama.save_state(folder / evaluate.CHECKPOINT, optimizer, torch.Generator(), {"step": 1})
+    learning.save_state(folder / runs.CHECKPOINT, optimizer, torch.Generator(), {"step": 1})
 
 
 def broken(data, name, rng):
@@ -165,14 +175,14 @@ def fuzz(inputs, seed, keep=None):
                 (folder / "model.safetensors").unlink()
             counts[name]["inputs"] += 1
             try:
-                with llama.time_limit(SECONDS, late):
+                with console.time_limit(SECONDS, late):
                     READERS[name](folder)
                 verdict = "taken"
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # any exception at all is what this test looks for
                 text = str(error)
-                one_line = isinstance(error, llama.UserError) and "\n" not in text
+                one_line = isinstance(error, console.UserError) and "\n" not in text
                 verdict = "refused" if one_line and text != late else "failed"
                 if verdict == "failed":
                     failures.append(f"{name}: {type(error).__name__}: {text[:150]}")

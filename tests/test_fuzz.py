@@ -6,7 +6,7 @@ import fuzz
 import pytest
 from conftest import ROOT
 
-import model as llama
+from support import console, text
 
 
 def test_no_broken_file_is_more_than_one_line():
@@ -22,7 +22,7 @@ def test_the_fuzzer_sees_a_reader_that_hangs(monkeypatch):
         try:
             time.sleep(5)
         except Exception as error:  # the project's readers do this when a library fails
-            raise llama.UserError("refused") from error
+            raise console.UserError("refused") from error
     first = next(iter(fuzz.READERS))
     monkeypatch.setitem(fuzz.READERS, first, hangs)
     monkeypatch.setattr(fuzz, "SECONDS", 0.1)
@@ -46,8 +46,8 @@ TEMPLATES = {  # name: template, and what the refusal says
 def test_a_hostile_template(name, tmp_path, monkeypatch):
     """A template runs in a sandbox, with a limit on its time and its output."""
     template, says = TEMPLATES[name]
-    monkeypatch.setattr(llama, "TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr(text, "TEMPLATE_SECONDS", 0.5)
     (tmp_path / "tokenizer.json").write_bytes((ROOT / "tiny" / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(llama.UserError, match=says):
-        llama.Tokenizer(tmp_path).chat([{"role": "user", "content": "hello"}])
+    with pytest.raises(console.UserError, match=says):
+        text.Tokenizer(tmp_path).chat([{"role": "user", "content": "hello"}])

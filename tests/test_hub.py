@@ -96,15 +96,16 @@ def hub(tmp_path):
 
 
 def fetch(folder, endpoint, *models, **more):
-    """Load models, given as (name, revision), one after the other, in a process of its own.
+    """Load models by their names, one after the other, in a process of its own.
 
     It does so as a command would. The exit code is that of the last model.
     """
     code = (
         "import sys\n"
-        "from model import load, run_command\n"
-        f"for name, revision in {models!r}:\n"
-        "    code = run_command(lambda: print(load(name, revision=revision)[0].folder))\n"
+        "from model import load\n"
+        "from support.console import run_command\n"
+        f"for name in {models!r}:\n"
+        "    code = run_command(lambda: print(load(name)[0].folder))\n"
         "sys.exit(code)"
     )
     environment = {name: value for name, value in os.environ.items()
@@ -116,12 +117,12 @@ def fetch(folder, endpoint, *models, **more):
 
 
 def test_a_hub_model_is_fetched_once_and_then_found_offline(tmp_path, hub):
-    done = fetch(tmp_path, hub, ("org/tiny", "v1"))
+    done = fetch(tmp_path, hub, "org/tiny@v1")
     assert done.returncode == 0, done.stderr
     assert COMMIT in done.stdout, done.stderr
     assert {name for name, _ in Hub.seen} >= set(FILES)
     Hub.seen.clear()
-    again = fetch(tmp_path, "http://127.0.0.1:9", ("org/tiny", COMMIT))
+    again = fetch(tmp_path, "http://127.0.0.1:9", f"org/tiny@{COMMIT}")
     assert again.returncode == 0, again.stderr
     assert again.stdout == done.stdout, again.stderr
     assert not Hub.seen, again.stderr
@@ -133,17 +134,17 @@ def test_a_download_that_broke_off_is_resumed(tmp_path, hub):
     weights |= {"lm_head.weight": torch.zeros(6_000_000)}
     Hub.cut = {"model.safetensors"}
     Hub.files = FILES | {"model.safetensors": safetensors.torch.save(weights)}
-    done = fetch(tmp_path, hub, ("org/tiny", None))
+    done = fetch(tmp_path, hub, "org/tiny")
     if done.returncode:  # the library may retry by itself, or leave that to the next command
         assert done.returncode == 2 and "Traceback" not in done.stderr
-        done = fetch(tmp_path, hub, ("org/tiny", None))
+        done = fetch(tmp_path, hub, "org/tiny")
     assert done.returncode == 0, done.stderr
     starts = [start for name, start in Hub.seen if name == "model.safetensors"]
     assert starts[-1] > 0  # it went on from the middle
 
 
 def test_refusals_are_one_line(tmp_path, hub):
-    models = [("org/missing", None), ("org/gated", None), ("org/tiny", "v2")]
+    models = ["org/missing", "org/gated", "org/tiny@v2"]
     done = fetch(tmp_path, hub, *models)
     missing, gated, revision = done.stderr.strip().splitlines()
     assert done.returncode == 2
@@ -154,6 +155,6 @@ def test_refusals_are_one_line(tmp_path, hub):
 
 @pytest.mark.parametrize("more", [{}, {"HF_HUB_OFFLINE": "1"}])
 def test_no_network_says_to_name_a_folder(tmp_path, more):
-    done = fetch(tmp_path, "http://127.0.0.1:9", ("org/tiny", None), **more)
+    done = fetch(tmp_path, "http://127.0.0.1:9", "org/tiny", **more)
     assert done.returncode == 2 and "name a local folder" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

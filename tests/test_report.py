@@ -14,6 +14,7 @@ from conftest import ROOT, command, read_lines
 import evaluate
 import selfplay
 import spin
+from support import report
 
 EVIL = 'Take "</script><script>alert(1)</script>", reverse it.'
 
@@ -72,10 +73,19 @@ def test_a_page_without_answers_loads_no_model(runs, monkeypatch):
     assert "every checkpoint" not in (runs / "runs" / "lsp" / "report.html").read_text()
 
 
+def test_the_curves_as_a_picture(runs):
+    """--picture draws the same curves as one PNG. The real one: `command` draws none."""
+    words = ["report", "runs/lsp", "runs/spin", "--ask", "0", "--picture", "both.png"]
+    done = command(evaluate, runs, *words)
+    assert done.returncode == 0 and "curves: both.png" in done.stdout, done.stderr
+    assert report.picture([runs / "runs" / "lsp", runs / "runs" / "spin"], runs / "real.png")
+    assert (runs / "real.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_many_games_are_thinned(runs, monkeypatch):
     path = runs / "runs" / "lsp" / "games.jsonl"
-    monkeypatch.setattr(evaluate, "GAMES_SIZE", path.stat().st_size - 1)
-    games, k = evaluate.read_games(path.parent)
+    monkeypatch.setattr(report, "GAMES_SIZE", path.stat().st_size - 1)
+    games, k = report.read_games(path.parent)
     assert k == 2
     assert [line["step"] for line in games] == [1, 3]
 
@@ -84,6 +94,7 @@ def test_many_games_are_thinned(runs, monkeypatch):
     (["runs"], "no run's folder"),
     (["runs/lsp", "--out", "no/where.html"], "folder that exists"),
     (["runs/lsp", "--out", "runs"], "folder that exists"),
+    (["runs/lsp", "--picture", "no/where.png"], "--picture no/where.png: expected a file's path"),
 ])
 def test_bad_input_is_one_line(runs, flags, says):
     done = command(evaluate, runs, "report", *flags)
@@ -129,7 +140,7 @@ def test_where_the_curves_began_and_ended():
 
     What a run lacks is left out, and so is a run without steps.
     """
-    lines = evaluate.first_and_last({
+    lines = report.first_and_last({
         "a": {"step": [*range(20)], "reward": [float(i) for i in range(20)]},
         "b": {"step": [1], "margin": [0.25]},
         "c": {},
@@ -137,4 +148,4 @@ def test_where_the_curves_began_and_ended():
     assert len(set(map(len, lines))) == 1
     assert [" ".join(line.split()) for line in lines] == [
         "first -> last a b", "reward 4.500 -> 14.500", "margin 0.250 -> 0.250"]
-    assert evaluate.first_and_last({"c": {}}) == "no step was finished"
+    assert report.first_and_last({"c": {}}) == "no step was finished"
