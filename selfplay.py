@@ -387,12 +387,13 @@ def set_up(args, device, crew=machine.Crew()):
     dtype, alone = machine.DTYPES[args.dtype], crew.size == 1
     if alone:
         machine.check_memory(plan(args), device, args.dry_run)
+    # Data and referee first: what is wrong with them shows before a large model is loaded.
+    data = files.read_data(args.data) if args.data else None
+    referee = load_referee(args.reward, device, data, dtype)
     # Several processes share the weights out, and each begins with all of them on the CPU.
     model, tokenizer = load(args.model, *((device, dtype) if alone else ("cpu", torch.float32)))
     model.recompute = args.low_memory
     reference = copy.deepcopy(model).requires_grad_(False)
-    data = files.read_data(args.data) if args.data else None
-    referee = load_referee(args.reward, device, data, dtype)
     start = learning.fingerprint(model, data)
     if not alone:
         machine.shard(model, device, dtype)

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import Config, Llama, generate, load, logprobs, pack, save
+from model import Llama, config_from_json, generate, load, logprobs, pack, save
 from rewards import QualityReward
 from support import console
 from support.text import Tokenizer
@@ -209,8 +209,8 @@ def new_model(folder):
         raise console.UserError(
             f"{folder} holds a model already: choose another --out, nothing was touched")
     raw, tokenizer = build_folder(folder)
-    model = Llama(Config.from_json(raw), raw)
-    model.folder, model.end_ids = folder, {raw["eos_token_id"]}
+    model = Llama(config_from_json(raw))
+    model.raw, model.folder, model.end_ids = raw, folder, {raw["eos_token_id"]}
     return model, tokenizer
 
 

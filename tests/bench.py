@@ -39,10 +39,10 @@ logging.disable(logging.WARNING)
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import evaluate
 import model as llama
 import selfplay
 import spin
+from support import learning, runs
 from tiny import language
 
 ROUNDS, ANSWERS = 7, 16
@@ -94,7 +94,7 @@ def stepper(*flags):
     args = selfplay.parse_args(["--model", str(ROOT / "tiny"), "--answers", str(ANSWERS),
                                 "--device", "cpu", *flags])
     game = selfplay.set_up(args, "cpu")
-    return lambda: selfplay.one_step(game, args), args
+    return lambda: selfplay.step(game, args), args
 
 
 def bench_grpo(queries):
@@ -139,7 +139,7 @@ def bench_grpo(queries):
     return compared(list(zip(ours, theirs))[1:], "trl")
 
 
-def bench_spin(model, tokenizer):
+def bench_spin():
     """The pairs, the loss, the optimizer and the batch are the same.
 
     As in a real iteration, some pairs have two equal answers.
@@ -147,15 +147,11 @@ def bench_spin(model, tokenizer):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
-    args = spin.parse_args(["--device", "cpu"])
-    data = spin.language_data(64 * (ROUNDS + 1))
-    prompts, answers = spin.encode(tokenizer, data, model.end_ids, 32)
-    rivals = spin.opponent_answers(model, prompts, 32, torch.Generator().manual_seed(0))
-    pairs = [spin.Pair(*row) for row in zip(prompts, answers, rivals)]
-    ref = spin.opponent_logprobs(model, pairs, args.micro_batch)
-    ours, theirs = [], []
-    optimizer = spin.rmsprop(model, args.lr)
-    updates = spin.train(model, pairs, ref, args.lam, args.lr, optimizer, args, random.Random(0))
+    args = spin.parse_args(["--model", str(ROOT / "tiny"), "--device", "cpu", "--iterations", "1",
+                            "--pairs", str(64 * (ROUNDS + 1))])
+    game, ours, theirs = spin.set_up(args), [], []
+    it = spin.opponent_plays(game, args, 0, [], 0)
+    updates = spin.player_trains(game, args, it, spin.rmsprop(game.player))
     next(updates)
 
     class Clock(TrainerCallback):
@@ -167,15 +163,15 @@ def bench_spin(model, tokenizer):
             ours.append(seconds(lambda: next(updates)))
 
     def turn(role, ids):
-        return [{"role": role, "content": tokenizer.decode(ids)}]
+        return [{"role": role, "content": game.tokenizer.decode(ids)}]
 
-    rows = [{"prompt": messages, "chosen": turn("assistant", pair.answer),
+    rows = [{"prompt": game.data[i][0], "chosen": turn("assistant", pair.answer),
              "rejected": turn("assistant", pair.rival)}
-            for (messages, _), pair in zip(data, pairs)]
+            for i, pair in zip(it.chosen, it.pairs)]
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
-            output_dir=folder, use_cpu=True, per_device_train_batch_size=64, beta=args.lam,
-            learning_rate=args.lr, optim="rmsprop", max_steps=ROUNDS + 1,
+            output_dir=folder, use_cpu=True, per_device_train_batch_size=args.batch,
+            beta=args.lam[0], learning_rate=args.lr[0], optim="rmsprop", max_steps=ROUNDS + 1,
             precompute_ref_log_probs=True, report_to="none", logging_strategy="no",
             save_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False,
             seed=0,
@@ -185,7 +181,7 @@ def bench_spin(model, tokenizer):
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(ROOT / "tiny"), callbacks=[Clock()])
         trainer.train()
-    identical = sum(pair.answer == pair.rival for pair in pairs) / len(pairs)
+    identical = sum(pair.answer == pair.rival for pair in it.pairs) / len(it.pairs)
     return compared(list(zip(ours, theirs))[1:], "trl") | {"identical_pairs": identical}
 
 
@@ -205,7 +201,7 @@ def bench_lsp():
 
 
 def bench_run():
-    """The record is what remains without play, score, update and checkpoints."""
+    """The record is what remains without play, score, the update and checkpoints."""
     spent = Counter()
 
     def clocked(function):
@@ -216,8 +212,8 @@ def bench_run():
             finally:
                 spent[function.__name__] += time.perf_counter() - began
         return call
-    clocks = [(selfplay, name) for name in ("play", "score", "update", "train")]
-    clocks.append((evaluate.Run, "checkpoint"))
+    clocks = [(selfplay, name) for name in ("play", "score", "gradients", "train")]
+    clocks += [(learning, "take"), (runs.Run, "checkpoint")]
     with contextlib.ExitStack() as stack:
         for owner, name in clocks:
             patch = mock.patch.object(owner, name, clocked(getattr(owner, name)))
@@ -227,8 +223,8 @@ def bench_run():
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         selfplay.main(["--model", str(ROOT / "tiny"), "--steps", "100", "--eval-items", "1",
                        "--device", "cpu"])
-    total = spent["train"]
-    record = total - sum(spent[name] for name in ("play", "score", "update", "checkpoint"))
+    total = spent.pop("train")
+    record = total - spent.total()
     return {"seconds": total, "record": record / total, "checkpoints": spent["checkpoint"] / total}
 
 
@@ -251,7 +247,7 @@ def main():
         "run": rounded(bench_run()),
         "generate": rounded(bench_generate(model, prompts)),
         "grpo_step": rounded(bench_grpo(queries)),
-        "spin_update": rounded(bench_spin(*llama.load(ROOT / "tiny"))),
+        "spin_update": rounded(bench_spin()),
     }
     print(json.dumps(result, indent=2))
 

@@ -19,7 +19,7 @@ from support import console, machine, runs
 
 # Commands of several processes, one after the other. They are forked from one process that has
 # imported everything, which saves the time to start each. Their environment tells them what
-# torchrun would. argv: a JSON list of jobs [processes, folder, words]; words [] means `updates`, below.
+# torchrun would. argv: a JSON list of jobs [processes, folder, words]; [] means `updates`, below.
 LAUNCH = """
 import copy, json, os, sys, traceback
 sys.path.insert(0, {root!r})
