@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from support import console, files, machine
 from support.text import Tokenizer
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # one decoder; Config says what sets them apart
+# One decoder for all. For a new one, see also Config, Block, config_from_json and weight_names.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Block(nn.Module):
@@ -35,7 +36,7 @@ class Block(nn.Module):
     """
 
     def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
-        """x [B, T, D] -> [B, T, D]. cos, sin [B, 1, T, C/2]. mask [B, 1, T, S]; None: causal."""
+        """x [B, T, D] -> x. cos, sin [B or 1, 1, T, C/2]. mask [B, 1, T, S]; None: causal."""
         B, T, D = x.shape
         H, K, C = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv(F.rms_norm(x, (D,), self.attention_norm, self.eps))
@@ -140,12 +141,13 @@ class Llama(nn.Module):
         # Padding may make a row longer than its text, so the positions decide.
         if length > context and (positions is None or int(positions.max()) >= context):
             window = " (its sliding window)" if self.config.sliding_window else ""
+            length = length if positions is None else int(positions.max()) + 1
             raise console.UserError(f"text of {length} tokens is longer than the model's context "
                                     f"of {context}{window}")
         if positions is None:
             positions = torch.arange(past, length, device=ids.device)[None]
         x = self.embed(ids)  # [B, T, D]
-        cos = self.cos[positions][:, None].to(x.dtype)  # [B, 1, T, C/2]
+        cos = self.cos[positions][:, None].to(x.dtype)  # [B or 1, 1, T, C/2]
         sin = self.sin[positions][:, None].to(x.dtype)
         again = self.recompute and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks):
@@ -186,14 +188,17 @@ class KVCache:
         self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
 
     def extend(self, layer, k, v):
-        """Append k, v [B, K, T, C] of one layer. Returns all of it, [B, K, length + T, C]."""
+        """Append k, v [B, K, T, C] of one layer. Returns all of it, [B, K, length + T, C].
+
+        All layers write at the same place. Then Llama.forward moves `length` on.
+        """
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def keep(self, index):
-        """Make these the rows; a row may be named several times."""
+        """Replace the rows by rows[index]. An index may repeat: then its row is copied."""
         # Whole rows, filled or not: one long copy is faster than many short ones.
         self.k, self.v = self.k.index_select(1, index), self.v.index_select(1, index)
 
@@ -225,17 +230,18 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
 
     The same as plain.sample in recipes/plain.py, with three savings:
     1. A prompt is computed once for its whole group.
-    2. Completions that are the same so far share one node, which is a row of the forward batch. A
+    2. Completions of a prompt that are equal so far share one node, a row of the forward batch. A
        node splits when its completions sample different tokens:
            step 1    completions 0..3 sample  a a b a   ->  2 nodes: a (0, 1, 3), b (2)
            step 2    they sample              c d c c   ->  3 nodes: ac (0, 3), ad (1), bc (2)
     3. A completion that has ended leaves.
-    So the forward batch has N rows at first, then as many as there are different texts.
+    So the forward batch has N rows at first, and then one for each different completion that still
+    goes on, prompt by prompt.
     """
     if not all(prompts):
         raise console.UserError("cannot sample from an empty prompt")
     device, vocab = model.embed.weight.device, model.config.vocab_size
-    N, M, P = len(prompts), len(prompts) * group, max(map(len, prompts))
+    N, M, P = len(prompts), len(prompts) * group, max(map(len, prompts))  # P: longest prompt
     ends = torch.tensor(sorted(model.end_ids if end_ids is None else end_ids), device=device)
 
     # Prompts are padded on the left, so that all nodes append at the same place.
@@ -256,26 +262,27 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
     out_lp = torch.zeros(M, max_new_tokens, device=device)
     length = torch.full((M,), max_new_tokens, device=device)
     finished = torch.zeros(M, dtype=torch.bool, device=device)
-    row = torch.arange(M, device=device)  # the completions that go on
-    node = row // group  # the node of each
+    alive = torch.arange(M, device=device)  # [A]: the completions that still go on
+    node_of = alive // group  # [A]: the node of each
     for t in range(max_new_tokens):
         logits = F.linear(x, model.head).float()  # [B, vocab]
         lp = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
         if temperature > 0:
-            token = torch.multinomial(lp.exp()[node], 1, generator=generator)[:, 0]
+            token = torch.multinomial(lp.exp()[node_of], 1, generator=generator)[:, 0]
         else:
-            token = lp.argmax(-1)[node]
-        out[row, t], out_lp[row, t] = token, lp[node, token]
+            token = lp.argmax(-1)[node_of]
+        out[alive, t], out_lp[alive, t] = token, lp[node_of, token]  # token [A]
         ended = torch.isin(token, ends)
         if ended.any():
-            finished[row[ended]] = True
-            length[row[ended]] = t + 1
-            row, node, token = row[~ended], node[~ended], token[~ended]
-        if len(row) == 0 or t == max_new_tokens - 1:
+            finished[alive[ended]] = True
+            length[alive[ended]] = t + 1
+            alive, node_of, token = alive[~ended], node_of[~ended], token[~ended]
+        if len(alive) == 0 or t == max_new_tokens - 1:
             break
         # A node and a token make a new node. Completions that agree in both share it.
-        pair, node = (node * vocab + token).unique(return_inverse=True)
-        parent, token = pair // vocab, pair % vocab  # [B]
+        key = node_of * vocab + token  # [A]: one integer names (node, token)
+        keys, node_of = key.unique(return_inverse=True)  # [B]: the new nodes
+        parent, token = keys // vocab, keys % vocab  # [B]: the token is now one a node
         if not torch.equal(parent, torch.arange(len(x), device=device)):  # else all stay in place
             position, token_here = position[parent], token_here[parent]
             cache.keep(parent)
@@ -307,7 +314,7 @@ def sample_all(model, prompts, group=1, max_new_tokens=64, temperature=1.0, gene
 
 
 # --------------------------------------------------------------------------------------------------
-# Scoring: log-probabilities of given completions
+# Log-probabilities of given completions
 
 class Packed(NamedTuple):
     """A batch of rows. A row is one prompt and several of its completions, side by side.
@@ -326,7 +333,7 @@ class Packed(NamedTuple):
     ids: torch.Tensor  # [B, T]
     positions: torch.Tensor  # [B, T]
     segment: torch.Tensor  # [B, T]: 0 the prompt, 1.. the completions, -1 padding
-    source: torch.Tensor  # [n]: where in B * T the state stands that predicts each token
+    source: torch.Tensor  # [n]: index into the B * T positions, of the state that predicts it
     target: torch.Tensor  # [n]: the tokens of all completions
     owner: torch.Tensor  # [n]: whose token, counted over all prompts' completions in order
 
@@ -346,8 +353,10 @@ def pack(prompts, completions, tokens=512, device="cpu", whole=False):
             raise console.UserError("cannot score an empty prompt or completion")
         row = None
         for completion in group:
+            # Half a micro-batch at the most: then two rows of like length share one.
             room = max(tokens // 2, len(prompt) + len(completion) - 1)
-            if row is None or not whole and len(row.ids) + len(completion) - 1 > room:
+            full = row is not None and len(row.ids) + len(completion) - 1 > room
+            if row is None or (full and not whole):  # a new row: a Packed of lists, not tensors yet
                 row = Packed([*prompt], [*range(len(prompt))], [0] * len(prompt), [], [], [])
                 rows.append(row)
             _append(row, len(prompt), completion, owner)
@@ -397,7 +406,8 @@ def states(model, packed):
     causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
     mask = (the_prompt | my_own) & causal  # [B, T, T]
     hidden = model(packed.ids, packed.positions, mask[:, None])  # [B, T, D]
-    # index_select, as indexing with [..] would sum its gradient in no fixed order.
+    # hidden[source] would be right, too. But its backward pass adds in no fixed order, and two runs
+    # of one seed would differ in the last digits.
     return hidden.flatten(0, 1).index_select(0, packed.source)
 
 

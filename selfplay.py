@@ -4,12 +4,13 @@
     python selfplay.py --game lsp-zero    without the quality self-reward
     python selfplay.py --game grpo        the baseline: queries from data, no Challenger
 
-A query and its right answer: Take "kobani", reverse it, then double every letter. -> iinnaabbookk
+"Embedded": a tiny trained model comes with this repository (tiny/), with a toy language. A query
+and its right answer: Take "kobani", reverse it, then double every letter. -> iinnaabbookk
 One step: the Challenger writes N queries q_i, and the Solver gives G answers a_ij to each.
 
     V(q_i)          = mean_j R(q_i, a_ij)              value: how well the query is answered
     A_Sol(q_i,a_ij) = R + R_Q - mean over the group    better than the group's other answers?
-    A_Ch(q_i)       = -V + V_Q - mean over the batch   harder than the other queries?
+    A_Ch(q_i)       = -V + V_Q - mean over the batch   harder (and better judged) than the others?
     L_Sol = 1/(NG) sum_ij [ -pi/sg(pi) A_Sol + beta    KL(pi, pi_Ref) ]
     L_Ch  = 1/N    sum_i  [ -pi/sg(pi) A_Ch  + beta_Ch KL(pi, pi_Ref) ]
     L     = L_Sol + alpha_Ch L_Ch
@@ -22,7 +23,7 @@ One step: the Challenger writes N queries q_i, and the Solver gives G answers a_
     U    the different ones among them: equal completions of a group are computed once
 
 Simplified away:
-1. Clipping. There is one gradient step a batch, so pi/sg(pi) is 1; only its gradient counts.
+1. Clipping of the ratio. There is one gradient step a batch, so it is 1; only its gradient counts.
 2. Division by the standard deviation. Advantages are only centred, as in the paper.
 3. A value network. The mean of the group stands for it.
 4. Weighting by length: a text's log-probability is the sum over its tokens. (With a real model
@@ -50,7 +51,7 @@ from tiny import language
 
 
 def step(game, args):
-    """One step: play -> score -> update, the equations above line by line. Returns a Step."""
+    """One step: play -> score -> update, the equations at the top in order. Returns a Step."""
     queries, answers, challenger, solver = play(game, args)  # N texts, N lists of G texts, ids
     reward, quality = score(game, queries, answers, args)  # R, R_Q [N, G]
     a_sol, a_ch = advantages(reward, quality, PAY[args.pay], args.advantage)  # [N, G], [N]
@@ -67,7 +68,7 @@ def advantages(reward, quality, pay, normalise="centre"):
     """(A_Sol [N, G], A_Ch [N]) from R and R_Q [N, G]. LSP section 2.
 
     Example without R_Q: R = [[1, 0, 0, 1], [0, 0, 0, 0]] gives V = [.5, 0], A_Ch = [-.25, +.25]:
-    the unanswered query wins.
+    the query that nobody answers rightly wins.
 
     pay: a function of PAY. Both players' sums are formed first and then centred: A_Sol over each
     group, A_Ch over the batch. normalise "std": also divide by the deviation, as GRPO does. Where
@@ -89,8 +90,9 @@ def player_loss(lp, ref, owner, advantage, count, weight, beta, kl_form="k3"):
         L = 1/M sum_u weight_u [ -pi/sg(pi) A_u + beta count_u KL_u ]         LSP section 2
 
     lp, ref [n]: log-probabilities of tokens under policy and reference. owner [n]: whose token.
-    For each of the player's U different completions, in this micro-batch or not: advantage [U],
-    the sum over its copies; count [U], how many copies; weight [U], see AGGREGATE.
+    For each of the player's U different completions, in this micro-batch or not: advantage [U], the
+    sum over its copies; count [U], how many copies; weight [U], see AGGREGATE. (A_u is of all
+    copies already. KL_u is of one copy, so it is multiplied by count_u.)
     M is the sum of all counts, so the terms of all micro-batches add up to the whole loss.
     loss has a gradient; policy and kl (the sum over tokens, not yet divided by M) are figures.
     """
@@ -100,14 +102,15 @@ def player_loss(lp, ref, owner, advantage, count, weight, beta, kl_form="k3"):
     policy = -ratio * advantage  # [U]
     kl = zeros.index_add(0, owner, KL[kl_form](ref - lp))  # [U]
     loss = weight * (policy + beta * count * kl)  # [U]
-    M, here = count.sum(), owner.unique()  # the others' tokens are in other micro-batches
+    # Only completions of this micro-batch count; the others have no tokens here.
+    M, here = count.sum(), owner.unique()
     return {"loss": loss[here].sum() / M,
             "policy": (weight * policy)[here].detach().sum() / M,
             "kl": (count * kl)[here].detach().sum()}
 
 
 # What the Challenger is paid for a query, by its value V(q) [N]. With rewards of 0 and 1, p = V is
-# the share of right answers. All but LSP's pay least for a query that nobody answers.
+# the share of right answers. All but LSP's pay least at 0 and at 1: nothing is learnt there.
 PAY = {
     "minimax": lambda p: -p,  # LSP, 2509.07414: as hard as possible
     "r-zero": lambda p: 1 - 2 * (p - 0.5).abs(),  # R-Zero, 2508.05004, without its penalty
@@ -116,7 +119,8 @@ PAY = {
     "spice": lambda p: torch.exp(-((p * (1 - p) - 0.25) ** 2) / (2 * 0.01)),  # SPICE, 2510.24684
 }
 
-# The weight of each completion, by its length in tokens [M], in the mean over completions.
+# The loss is a mean over M completions. Each is multiplied by this weight, a function of the
+# lengths in tokens [M].
 AGGREGATE = {
     "sum": lambda length: torch.ones_like(length),  # LSP: a text's log-probability is a sum
     "mean": lambda length: 1 / length,  # GRPO: punishes long wrong answers less for each token
@@ -125,17 +129,19 @@ AGGREGATE = {
 
 # The KL term of a token, from d = log pi_Ref - log pi.
 KL = {
-    "k3": lambda d: d.expm1() - d,  # exp(d) - d - 1: never negative, pulls pi towards pi_Ref
+    # exp(d) - d - 1: never negative. Its mean over pi's samples is KL(pi, pi_Ref); its gradient
+    # there is that of KL(pi_Ref, pi), which pulls pi towards pi_Ref, too.
+    "k3": lambda d: d.expm1() - d,
     "literal": lambda d: -d,  # as LSP prints it: on-policy, its expected gradient is 0
 }
 
 
 class Player(NamedTuple):
     """One player's part in a step: what it was given, and what it sampled."""
-    prompts: list  # lists of ids: the Challenger's one prompt, or the Solver's N
+    prompts: list  # lists of ids: the Challenger's one (of each process), or the Solver's N
     completions: list  # for each prompt a list of lists of ids
     finished: list  # M bools: False where the length limit cut it
-    logprobs: torch.Tensor  # [n]: log pi of every token, as it was sampled
+    logprobs: torch.Tensor  # [n]: log pi as sampled, for the entropy in metrics.jsonl alone
 
 
 class Step(NamedTuple):
@@ -239,19 +245,22 @@ def gradients(game, player, advantage, beta, args, alpha=1.0):
 
     advantage: [N, G] or [N]. beta: weight of the KL term. kl is a mean over tokens, in nats.
     A completion lies in one micro-batch, so the split into micro-batches changes nothing.
-    Of several processes, each computes its share; the gradients are averaged on their way.
+    Of several processes, each computes its share, and backward() averages their gradients
+    (machine.shard).
     """
     crew, device = game.crew, game.model.cos.device
     prompts, completions = crew.share(player.prompts), crew.share(player.completions)
-    different, count, total = fold(completions, device)
+    different, count, sum_copies = fold(completions, device)
     lengths = torch.tensor([float(len(ids)) for group in player.completions for ids in group])
-    weight = total(crew.share(AGGREGATE[args.aggregate](lengths))) / count  # [U]
-    advantage = total(crew.share(advantage).flatten())  # [U]
+    weight = crew.share(AGGREGATE[args.aggregate](lengths))  # [M]
+    weight = sum_copies(weight) / count  # [U]: copies have the same weight
+    advantage = sum_copies(crew.share(advantage).flatten())  # [U]
 
     packs = pack(prompts, different, args.micro_batch, device)
     with torch.no_grad(), machine.resident(game.reference):
         refs = [logprobs(game.reference, packed, args.temperature) for packed in packs]
     sums = {"loss": 0.0, "policy": 0.0, "kl": 0.0}
+    # active: False for a micro-batch that is only repeated, to keep the processes together.
     for (packed, ref), active in crew.in_step(list(zip(packs, refs))):
         lp = logprobs(game.model, packed, args.temperature)
         terms = player_loss(lp, ref, packed.owner, advantage, count, weight, beta, args.kl_form)
@@ -264,12 +273,12 @@ def gradients(game, player, advantage, beta, args, alpha=1.0):
 
 
 def fold(completions, device="cpu"):
-    """Each group's equal completions as one: (different, count [U], total).
+    """Each group's equal completions as one: (different, count [U], sum_copies).
 
     Equal completions have equal log-probabilities, so their advantages can be added up and the
     completion computed once: the same loss and gradient for less work. Example, one group a, b, a:
-        different [[a, b]]    count [2, 1]    total([1., 2., 3.]) = [4., 2.]
-    total: a function that adds up the values of copies, [M] -> [U].
+        different [[a, b]]    count [2, 1]    sum_copies([1., 2., 3.]) = [4., 2.]
+    sum_copies: a function that adds up the values of copies, [M] -> [U].
     """
     different = [list(dict.fromkeys(map(tuple, group))) for group in completions]
     keys = [(i, ids) for i, group in enumerate(different) for ids in group]
@@ -277,9 +286,9 @@ def fold(completions, device="cpu"):
     which = torch.tensor([index[i, tuple(ids)] for i, group in enumerate(completions)
                           for ids in group], device=device)  # [M]
 
-    def total(values):
+    def sum_copies(values):
         return torch.zeros(len(keys), device=device).index_add(0, which, values.to(device))
-    return different, total(torch.ones(len(which))), total
+    return different, sum_copies(torch.ones(len(which))), sum_copies
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,7 +325,7 @@ SETTINGS = [
     "the loss",
     ("--lr", NUMBER, 1.5e-4, 3e-6,
      "learning rate of AdamW (grpo with a real model: 1e-06); it rises for 20 steps, then falls "
-     "linearly to 0"),
+     "linearly towards 0"),
     ("--alpha-ch", ZERO_TOO, 0.005, 0.1,
      "alpha_Ch, weight of the Challenger's loss; with more it asks what nobody can answer"),
     ("--quality", ZERO_TOO, 1.0, 1.0, "weight of the quality self-reward R_Q, in lsp"),
@@ -426,10 +435,11 @@ def plan(args):
     if names_model(args.reward):
         frozen.append(read_config(args.reward)[1])
     offloaded = args.low_memory and args.device.startswith("cuda")
-    return machine.memory_plan(config, machine.DTYPES[args.dtype], own, 2,
-                               args.queries * args.answers,
-                               args.query_tokens + args.answer_tokens + 64, args.micro_batch,
-                               args.low_memory, frozen=frozen, offloaded=offloaded)
+    return machine.memory_plan(config, machine.DTYPES[args.dtype], own, optimizer_floats=2,
+                               rows=args.queries * args.answers,
+                               positions=args.query_tokens + args.answer_tokens + 64,
+                               tokens=args.micro_batch, recompute=args.low_memory, frozen=frozen,
+                               offloaded=offloaded)
 
 
 def dry_run(game, args):

@@ -3,20 +3,23 @@ own of an iteration ago.
 
     python spin.py                                     SPIN on the embedded default
     python spin.py --game sft                          baseline: fine-tuning on the same answers
-    python spin.py --iterations 1 --epochs 14          baseline: as many updates, one opponent
+    python spin.py --iterations 1 --epochs 14          baseline: one opponent, about as many updates
     python spin.py --model FOLDER --data FILE.jsonl    your Llama, your people
 
+("Embedded": a tiny trained model comes with this repository, in tiny/, with a toy language.)
 Iteration t has prompts x, people's answers y, and the opponent p_t. The opponent is the player p as
-the last iteration left it, frozen. It writes answers, too, and is the reference of the loss:
+the iteration before left it. It writes answers, too, and is the reference of the loss. No second
+model is kept: its answers y' and all log p_t are computed before p moves (`opponent_plays`).
 
     y' ~ p_t(. | x)                                                  the opponent's answer
     m  = lambda ( log p(y|x)/p_t(y|x)  -  log p(y'|x)/p_t(y'|x) )    the margin
     L  = mean log(1 + exp(-m))                                       eq. 4.7
 
-The player starts as its opponent, so at first every margin is 0, and L is log 2 = 0.693. Training
-makes people's answers more probable, compared with the opponent's. The trained player is the next
-opponent. Nothing moves any more where p_t answers as people do: y and y' cannot be told apart then.
-From iteration 1 on, the last iteration's pairs are mixed in, with new log-probabilities under p_t.
+The player starts as its opponent, so at first every margin is 0, and L is log 2 = 0.693. Its
+gradient is not 0: it is lambda/2 times that of log p(y'|x) - log p(y|x). Training makes people's
+answers more probable, compared with the opponent's. The trained player is the next opponent. Where
+p_t answers as people do, y and y' cannot be told apart, and nothing moves on average.
+From iteration 1 on, the previous iteration's pairs are mixed in, with new log-probabilities.
 
 Choices: the embedded default's answers have 6 tokens and not 256, and it has 0.76 million
 parameters and not 7 billion. So lambda is 1 (the paper's 0.1 hardly ties so short an answer to the
@@ -68,26 +71,26 @@ def opponent_plays(game, args, t, last, before):
     The player still is p_t. All that p_t is needed for is computed here, before the player moves.
     last: the Pairs of the iteration before. before: updates that were made so far.
     """
-    chosen = which(game.data, args.pairs, t)
+    chosen = chosen_data(game.data, args.pairs, t)
     prompts = [game.prompts[i] for i in chosen]
     rivals, ref = [[]] * len(chosen), None
     if args.game == "spin":
         rivals = opponent_answers(game.player, prompts, args.answer_tokens, game.generator)
     new = [Pair(prompt, game.answers[i], y) for prompt, i, y in zip(prompts, chosen, rivals)]
     if args.game == "spin":
-        ref = opponent_logprobs(game.player, last + new, args.micro_batch)  # [M, 2]
+        ref = all_logprobs(game.player, last + new, args.micro_batch)  # [M, 2]
     return Iteration(t, before, game.rng.getstate(), chosen, last + new, ref)
 
 
-def player_trains(game, args, it, optimizer, done=0):
+def player_trains(game, args, it, optimizer, skip=0):
     """Iteration t, second half: epochs over the pairs. Yields the figures of each update.
 
-    done: updates of this iteration that were made before it was stopped.
+    skip: updates of this iteration that were made before the run was stopped.
     """
     order = [game.rng.sample(range(len(it.pairs)), len(it.pairs)) for _ in range(args.epochs)]
     batches = [batch for epoch in order for batch in groups(epoch, args.batch)]
     lam, lr = of_iteration(args.lam, it.number), of_iteration(args.lr, it.number)
-    for i, batch in list(enumerate(batches))[done:]:
+    for i, batch in list(enumerate(batches))[skip:]:
         began = time.perf_counter()
         pairs = [it.pairs[j] for j in batch]
         # As in the paper: the rate rises over the first tenth, then falls to 0.
@@ -168,9 +171,9 @@ class Iteration(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 # Data
 
-def which(data, pairs, t):
-    """Which of the data iteration t learns from: `pairs` new ones, round and round."""
-    size = min(pairs, len(data))
+def chosen_data(data, count, t):
+    """Which of the data iteration t learns from: `count` new ones, round and round."""
+    size = min(count, len(data))
     return [i % len(data) for i in range(t * size, (t + 1) * size)]
 
 
@@ -227,8 +230,8 @@ def opponent_answers(opponent, prompts, limit, generator):
 def pair_logprobs(model, pairs, micro_batch):
     """For each micro-batch of Pairs: (which pairs, [n, 2]: log p(y|x) and log p(y'|x)).
 
-    They have a gradient. A prompt is computed once for both replies. A text's log-probability is
-    the sum over its tokens, its end token included.
+    They have a gradient, unless under no_grad. A prompt is computed once for both replies. A text's
+    log-probability is the sum over its tokens, its end token included.
     """
     device = model.embed.weight.device
     prompts, replies = [p.prompt for p in pairs], [[p.answer, p.rival] for p in pairs]
@@ -240,11 +243,11 @@ def pair_logprobs(model, pairs, micro_batch):
 
 
 @torch.no_grad()
-def opponent_logprobs(opponent, pairs, micro_batch):
-    """log p_t(y|x) and log p_t(y'|x) of all pairs, [M, 2]. Computed once an iteration, and kept."""
-    out = torch.zeros(len(pairs), 2, device=opponent.embed.weight.device)
+def all_logprobs(model, pairs, micro_batch):
+    """log p(y|x) and log p(y'|x) of all pairs, [M, 2]. Of p_t: once an iteration, and kept."""
+    out = torch.zeros(len(pairs), 2, device=model.embed.weight.device)
     for start in range(0, len(pairs), 1024):  # so many at a time are laid out
-        for here, lp in pair_logprobs(opponent, pairs[start:start + 1024], micro_batch):
+        for here, lp in pair_logprobs(model, pairs[start:start + 1024], micro_batch):
             out[start + here] = lp
     return out
 
@@ -259,8 +262,8 @@ def rmsprop(player):
 
 NUMBER, COUNT = console.positive(float), console.positive(int)
 
-# A row: flag, kind, default on the embedded model, default on a real one, help. The second column
-# is the paper's, but for --micro-batch.
+# A row: flag, kind, default on the embedded model, default on a real one, help. The default on a
+# real one is the paper's, but for --micro-batch.
 SETTINGS = [
     "the game",
     ("--game", ("spin", "sft"), "spin", "spin",
@@ -320,7 +323,8 @@ def set_up(args):
     rng = random.Random(args.seed)
     rng.shuffle(data)
     (config, count), dtype = read_config(args.model), machine.DTYPES[args.dtype]
-    plan = machine.memory_plan(config, dtype, count, 1, 1, ROOM, args.micro_batch, args.low_memory)
+    plan = machine.memory_plan(config, dtype, count, optimizer_floats=1, rows=1, positions=ROOM,
+                               tokens=args.micro_batch, recompute=args.low_memory)
     machine.check_memory(plan, args.device)
     player, tokenizer = load(args.model, args.device, dtype)
     player.recompute = args.low_memory
@@ -335,8 +339,8 @@ def checkpoint(run, game, it, optimizer, update, rates):
 
     That includes what p_t said, and the scores so far.
     """
-    facts = {"iteration": it.number, "done": it.before, "update": update, "rng": it.rng_state,
-             "rates": list(rates)}
+    facts = {"iteration": it.number, "done": it.before,  # "done": by earlier iterations
+             "update": update, "rng": it.rng_state, "rates": list(rates)}
     rivals = [token for pair in it.pairs for token in pair.rival]
     tensors = {"rivals": torch.tensor(rivals, dtype=torch.int32),
                "lengths": torch.tensor([len(pair.rival) for pair in it.pairs])}
@@ -354,8 +358,8 @@ def go_on(run, game, args, optimizer):
     """
     tensors = run.restore(game.player, optimizer, game.generator, game.rng)
     t, before = run.facts["iteration"], run.facts["done"]
-    chosen = which(game.data, args.pairs, t)
-    both = (which(game.data, args.pairs, t - 1) if t else []) + chosen
+    chosen = chosen_data(game.data, args.pairs, t)
+    both = (chosen_data(game.data, args.pairs, t - 1) if t else []) + chosen
     rivals = tensors["rivals"].split(tensors["lengths"].tolist())
     pairs = [Pair(game.prompts[i], game.answers[i], y.tolist()) for i, y in zip(both, rivals)]
     ref = tensors["ref"].to(args.device) if "ref" in tensors else None
@@ -422,7 +426,7 @@ def show_pair(game, args, it):
     for i in range(len(it.pairs) - len(it.chosen), len(it.pairs)):
         pair = it.pairs[i]
         if pair.answer != pair.rival:
-            lp = opponent_logprobs(game.player, [pair], args.micro_batch)  # [1, 2]
+            lp = all_logprobs(game.player, [pair], args.micro_batch)  # [1, 2]
             margin = spin_margin(lp, it.ref[i][None], of_iteration(args.lam, it.number)).item()
             prompt = game.data[it.chosen[i - len(it.pairs)]][0][-1]["content"]
             print(record.pair_text(prompt, pair, lp[0], it.ref[i], margin, game.tokenizer.decode))
@@ -463,7 +467,7 @@ def main(argv=None):
     game = set_up(args)
     with runs.open_run(args, game.start, iteration=0, done=0, update=0) as run:
         announce(run, game, args)
-        first = done = run.facts["done"] + run.facts["update"]
+        first = made = run.facts["done"] + run.facts["update"]
         rates, last, finished, began = {}, [], False, time.perf_counter()
         if not run.tensors:
             add_score(game, args, rates, "start")
@@ -471,10 +475,10 @@ def main(argv=None):
             for t in range(run.facts["iteration"], args.iterations):
                 iteration_began, update = time.perf_counter(), 0
                 optimizer = rmsprop(game.player)
-                if run.tensors:  # in the middle of this iteration
+                if run.tensors:  # in the middle of this iteration; go_on empties run.tensors
                     it, update, rates = go_on(run, game, args, optimizer)
                 else:
-                    it = opponent_plays(game, args, t, last, done)
+                    it = opponent_plays(game, args, t, last, made)
                     begin(run, game, args, it, optimizer, rates)
                 last = own_pairs(it)
                 print(f"\niteration {t}: {len(it.pairs):,} pairs, {len(last):,} of them new; "
@@ -484,7 +488,7 @@ def main(argv=None):
                     print(record.identical_line(last, of_iteration(args.lam, t), constant))
                 update = play_iteration(run, game, args, it, optimizer, update, rates,
                                         iteration_began, stop)
-                done, unfinished = it.before + update, run.folder / f"iteration-{t}-unfinished"
+                made, unfinished = it.before + update, run.folder / f"iteration-{t}-unfinished"
                 if update < update_count(it, args):
                     save(game.player, unfinished)
                     print(f"stopped in iteration {t}; the player as it is: {unfinished}; "
@@ -502,7 +506,7 @@ def main(argv=None):
                           f"python spin.py --resume {run.folder} goes on")
                     break
         minutes = (time.perf_counter() - began) / 60
-        print(f"\n{done - first} updates in {minutes:.1f} minutes; "
+        print(f"\n{made - first} updates in {minutes:.1f} minutes; "
               f"the iterates are in {run.folder}")
         if rates:
             queries = language.evaluation_set(args.eval_items)

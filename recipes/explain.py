@@ -261,7 +261,7 @@ def show_pair_loss(game, args, pair, ref):
 
 def show_pair_after(game, args, pair, ref, before):
     """Print what became of a pair's figures. before: as spin_gradients returned them."""
-    lp = spin.opponent_logprobs(game.player, [pair], args.micro_batch)  # [1, 2], of the player now
+    lp = spin.all_logprobs(game.player, [pair], args.micro_batch)  # [1, 2], of the player now
     margin = spin.spin_margin(lp, ref, spin.of_iteration(args.lam, 0)).item()
     print(f"  margin {before['margin']:+.4f} -> {margin:+.4f}   (spin.spin_margin)\n"
           f"  log p(y|x) {before['logprob_answer']:.4f} -> {lp[0, 0]:.4f}   "

@@ -135,6 +135,18 @@ def test_open_instructions_from_the_command_line(tmp_path, tiny):
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_chat_model_judges_on_the_command_line(tmp_path):
+    """Both sides are the same model and answer greedily, so the two orders always disagree."""
+    (tmp_path / "set.json").write_text(json.dumps([{"instruction": "Add 1 and 2."}]))
+    start = str(ROOT / "tiny")
+    done = command(evaluate, tmp_path, "duel", start, "--against", start, "--judge", start,
+                   "--instructions", "set.json", "--answer-tokens", "9", "--outputs", "mine.json")
+    assert done.returncode == 0, done.stderr
+    assert "all (n=1)" in done.stdout and "100.0%" in done.stdout
+    row, = json.loads((tmp_path / "mine.json").read_text())
+    assert row["generator"] == "tiny" and len(row["output"]) > 0
+
+
 def test_the_start_has_room_to_grow(tiny):
     """At temperature 1 the embedded default answers 45 % to 65 % of held-out instructions."""
     queries = language.evaluation_set(500)
@@ -153,21 +165,47 @@ def test_command_line(tmp_path):
     assert "win rate" in done.stdout and "greedy" in done.stdout, done.stderr
     # The two sides draw different samples, so even the same model does not tie with itself.
     assert "50.0 % [50.0, 50.0]" not in done.stdout
-    for flags in (
-        [],
-        [start],
-        ["score", "nowhere"],
-        ["score", start, "--items", "0"],
-        ["score", "--wrong"],
-        ["score", start, "--picture", "x.png"],
-        ["score", start, "--seed", "-1"],
-        ["score", start, "--device", "abacus"],
-        ["score", start, start, "--json", "x.json"],
-        ["duel", start],
-    ):
-        done = command(evaluate, tmp_path, *flags)
-        assert done.returncode == 2
-        assert len(done.stderr.strip()) > 0
+
+
+@pytest.mark.parametrize("flags, says", [
+    ([], "required"),
+    (["START"], "invalid choice"),
+    (["score"], "required: MODEL"),
+    (["score", "nowhere"], "no such model folder"),
+    (["score", "START", "--items", "0"], "not above zero"),
+    (["score", "START", "--wrong"], "unrecognized"),
+    (["score", "START", "--picture", "x.png"], "unrecognized"),
+    (["score", "START", "--seed", "-1"], "not zero or more"),
+    (["score", "START", "--device", "abacus"], "no such device"),
+    (["score", "START", "START", "--json", "x.json"], "of one MODEL"),
+    (["score", "START", "--json", "no/x.json"], "in a folder that exists"),
+    (["duel", "START"], "required: --against, --instructions"),
+    (["duel", "START", "--against", "START", "--instructions", "x"], "either --reward or --judge"),
+    (["report"], "required: RUN"),
+])
+def test_bad_input_is_one_line(tmp_path, flags, says):
+    words = [str(ROOT / "tiny") if flag == "START" else flag for flag in flags]
+    done = command(evaluate, tmp_path, *words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert says in done.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [
+    ["score", "x"],
+    ["duel", "x", "--against", "y", "--instructions", "z", "--reward", "r"],
+    ["report", "x"],
+])
+def test_help_names_every_default(tmp_path, words):
+    args = vars(evaluate.parse_args(words))
+    defaults = [value for key, value in args.items()
+                if key not in ("run_it", "model", "run") and str(value) not in (*words, "None")]
+    assert defaults
+    done = command(evaluate, tmp_path, words[0], "-h")
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0
+    assert all(f"(default: {value})" in text for value in defaults)
+    assert text.count("(default: ") == len(defaults)
 
 
 def test_figures_of_every_instruction(tmp_path):

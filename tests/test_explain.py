@@ -122,7 +122,7 @@ def test_the_pair_is_trained_as_in_the_game(tmp_path):
     for part in (slice(64), slice(64, None)):
         some = it._replace(pairs=it.pairs[part], ref=it.ref[part])
         list(spin.player_trains(game, args, some, spin.rmsprop(game.player)))
-        lp = spin.opponent_logprobs(game.player, [it.pairs[i]], args.micro_batch)
+        lp = spin.all_logprobs(game.player, [it.pairs[i]], args.micro_batch)
         margins.append(spin.spin_margin(lp, it.ref[i:i + 1], 1.0).item())
     assert numbers("^  margin N -> N ", out) == [pytest.approx(margins, abs=1e-3)]
     assert game.data[it.chosen[i]][0][-1]["content"] in out

@@ -22,16 +22,16 @@ from spin import (
     Game,
     Iteration,
     Pair,
+    all_logprobs,
+    chosen_data,
     encode,
     of_iteration,
     opponent_answers,
-    opponent_logprobs,
     player_trains,
     sft_gradients,
     spin_gradients,
     spin_loss,
     spin_margin,
-    which,
 )
 from support import runs
 from support.console import UserError
@@ -130,7 +130,7 @@ def test_first_gradient_is_that_of_fine_tuning_on_average():
 def test_first_loss_is_log_2(tiny, pairs):
     """The first loss is not 0 but log 2, and its gradient is not 0."""
     model, _ = load(ROOT / "tiny")
-    ref = opponent_logprobs(tiny[0], pairs, 2048)
+    ref = all_logprobs(tiny[0], pairs, 2048)
     row = spin_gradients(model, pairs, ref, 1.0, ARGS)
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert row["margin"] == pytest.approx(0, abs=1e-4)
@@ -143,7 +143,7 @@ def test_identical_pairs_teach_nothing(tiny, pairs):
     So skipping its computation changes neither the loss nor the gradient.
     """
     same = [pairs[2], pairs[5]]
-    ref = opponent_logprobs(tiny[0], same, 2048)
+    ref = all_logprobs(tiny[0], same, 2048)
     row, grads = gradients(lambda m: spin_gradients(m, same, ref, 1.0, ARGS))
     assert row["loss"] == pytest.approx(math.log(2))
     assert grads == [None] * len(grads)
@@ -155,15 +155,15 @@ def test_identical_pairs_teach_nothing(tiny, pairs):
     _, grads = gradients(computed)
     assert max(g.abs().max() for g in grads) < 1e-5
 
-    ref = opponent_logprobs(tiny[0], pairs, 2048)
+    ref = all_logprobs(tiny[0], pairs, 2048)
     row, _ = gradients(lambda m: spin_gradients(m, pairs, ref, 1.0, ARGS))
-    lp, _ = gradients(lambda m: opponent_logprobs(m, pairs, 2048))
+    lp, _ = gradients(lambda m: all_logprobs(m, pairs, 2048))
     assert row["loss"] == pytest.approx(spin_loss(lp, ref, 1.0).mean().item(), abs=1e-5)
 
 
 def test_no_result_depends_on_padding_or_split(tiny, pairs):
-    ref = opponent_logprobs(tiny[0], pairs, 2048)
-    alone = torch.cat([opponent_logprobs(tiny[0], [p], 1) for p in pairs])
+    ref = all_logprobs(tiny[0], pairs, 2048)
+    alone = torch.cat([all_logprobs(tiny[0], [p], 1) for p in pairs])
     assert torch.allclose(ref, alone, atol=1e-4)
     small = changed(micro_batch=1)
     a, grads_a = gradients(lambda m: spin_gradients(m, pairs, ref, 1.0, ARGS))
@@ -178,7 +178,7 @@ def test_log_probabilities_are_those_of_the_whole_texts(tiny, pairs):
     Here they are computed from plain logits of the whole sequence.
     """
     model = tiny[0]
-    ref = opponent_logprobs(model, pairs, 2048)
+    ref = all_logprobs(model, pairs, 2048)
     for pair, row in zip(pairs, ref):
         for reply, lp in zip((pair.answer, pair.rival), row):
             logits = model.logits(torch.tensor([pair.prompt + reply]))[0, len(pair.prompt) - 1:-1]
@@ -200,7 +200,7 @@ def test_loss_equals_trl(tiny, pairs, tmp_path, monkeypatch):
     logging.disable(logging.WARNING)
     _, tokenizer = tiny
     different = [p for p in pairs if p.answer != p.rival]
-    ref = opponent_logprobs(tiny[0], different, 2048)
+    ref = all_logprobs(tiny[0], different, 2048)
 
     def work(model):
         save(model, tmp_path / "player")
@@ -239,7 +239,7 @@ def game_of(player):
 def test_training_widens_the_margin(tiny, pairs):
     model, _ = load(ROOT / "tiny")
     args = changed(epochs=6)
-    ref = opponent_logprobs(tiny[0], pairs, 2048)
+    ref = all_logprobs(tiny[0], pairs, 2048)
     it = Iteration(0, 0, None, None, pairs, ref)
     rows = list(player_trains(game_of(model), args, it, spin.rmsprop(model)))
     assert len(rows) == 6 * 3  # 10 pairs in batches of 4
@@ -249,7 +249,7 @@ def test_training_widens_the_margin(tiny, pairs):
 
 def test_sft_is_the_mean_negative_logprob_of_the_answers_tokens(tiny, pairs):
     row, grads = gradients(lambda m: sft_gradients(m, pairs, ARGS))
-    lp, _ = gradients(lambda m: opponent_logprobs(m, pairs, 2048)[:, 0])
+    lp, _ = gradients(lambda m: all_logprobs(m, pairs, 2048)[:, 0])
     tokens = sum(len(p.answer) for p in pairs)
     assert row["loss"] == pytest.approx(-lp.sum().item() / tokens, abs=1e-4)
     small = changed(micro_batch=1)
@@ -328,7 +328,7 @@ def test_generation_prompt_is_the_training_prompt(tiny, monkeypatch):
     monkeypatch.setattr(llama, "generate", generate)
     rivals = opponent_answers(model, prompts, 32, torch.Generator().manual_seed(0))
     monkeypatch.setattr(spin, "pack", pack)
-    opponent_logprobs(model, [Pair(*row) for row in zip(prompts, answers, rivals)], 2048)
+    all_logprobs(model, [Pair(*row) for row in zip(prompts, answers, rivals)], 2048)
     assert sorted(asked) == sorted(trained) == sorted(prompts)
 
 
@@ -439,7 +439,7 @@ def test_reference_of_iteration_t_is_iterate_t_minus_1(played, tiny):
     pairs = [Pair(tokenizer.chat([user(game["prompt"])]), tokenizer.encode(game["answer"]),
                   tokenizer.encode(game["rival"])) for game in games[1]]
     before, start = load(folder / "runs" / "a" / "iteration-0")[0], tiny[0]
-    difference = opponent_logprobs(before, pairs, 2048) - opponent_logprobs(start, pairs, 2048)
+    difference = all_logprobs(before, pairs, 2048) - all_logprobs(start, pairs, 2048)
     assert difference.abs().max() > 0.1
 
 
@@ -461,8 +461,9 @@ def test_what_each_iteration_is_played_with(tmp_path):
     are the paper's schedule: from iteration 2 on the learning rate is lower, and the last of four
     iterations has a larger lambda.
     """
-    assert [which("abcde", 3, t) for t in range(4)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
-    assert [which("ab", 3, t) for t in range(2)] == [[0, 1], [0, 1]]  # less data than pairs
+    found = [chosen_data("abcde", 3, t) for t in range(4)]
+    assert found == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
+    assert [chosen_data("ab", 3, t) for t in range(2)] == [[0, 1], [0, 1]]  # less data than pairs
 
     def schedule(*flags):
         args = spin.parse_args([*TINY, *flags])
