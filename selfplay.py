@@ -372,7 +372,8 @@ def refuse(args, real):
             (real and args.reward in (None, "exact"),
              f"{foreign}, so --reward exact cannot judge it: name a reward model, "
              "file.py:function, or math"),
-            (args.quality == 0, "--quality 0 leaves the judge out: that is --game lsp-zero"),
+            (args.quality == 0 and args.game == "lsp",
+             "--quality 0 leaves the judge out: that is --game lsp-zero"),
             (args.judge == "written" and not real,
              "--judge written is for models that do not speak the embedded language: that one's "
              "judge can only say a digit"),

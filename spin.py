@@ -281,10 +281,10 @@ SETTINGS = [
     "the loss",
     ("--loss", tuple(LOSS), "logistic", "logistic", "of the margin, in spin"),
     ("--lam", [NUMBER], [1.0, 1.0, 1.0, 2.0], [0.1, 0.1, 0.1, 5.0],
-     "lambda, in spin: how closely the player is tied to its opponent; one number an iteration, "
-     "the last one goes on"),
+     "lambda, in spin: how closely the player is tied to its opponent; one number an iteration "
+     "(fewer iterations take the first ones, in more the last one goes on)"),
     ("--lr", [NUMBER], [3e-5, 3e-5, 2e-5, 2e-5], [5e-7, 5e-7, 1e-7, 1e-7],
-     "peak learning rate of RMSProp; one number an iteration, the last one goes on"),
+     "peak learning rate of RMSProp; one number an iteration, as --lam"),
     *runs.SETTINGS,
 ]
 

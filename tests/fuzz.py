@@ -52,12 +52,6 @@ def weights(folder):
     llama.load(folder)
 
 
-def settings(folder):
-    """A run's settings, as an older version wrote them: of LSP, or of SPIN."""
-    whole_game = '"game": "spin"' in (folder / "settings.json").read_text(errors="replace")
-    (spin if whole_game else selfplay).parse_args(["--resume", str(folder)])
-
-
 # The file that is broken, and how it is read. All other files of the folder are whole.
 READERS = {
     "config.json": weights,
@@ -71,7 +65,8 @@ READERS = {
         lambda folder: files.read_instructions(folder / "instructions.json"),
     "metrics.jsonl": lambda folder: report.read_metrics(folder),
     "games.jsonl": lambda folder: report.read_games(folder),
-    "settings.json": settings,
+    "settings.json": lambda folder: selfplay.parse_args(["--resume", str(folder)]),
+    "old/settings.json": lambda folder: spin.parse_args(["--resume", str(folder / "old")]),
     runs.CHECKPOINT: state,
 }
 
@@ -108,11 +103,15 @@ def whole(folder):
         '{"step": 2, "reward": 0.25}\n')
     game = {"query": "q", "valid": True, "challenger_advantage": 0.1, "answers": []}
     (folder / "games.jsonl").write_text((json.dumps({"step": 1, "games": [game]}) + "\n") * 3)
-    write_json(folder / "settings.json", {
-        "game": "spin", "lr": 0.1, "lr_late": 0.1, "lam": 1.0, "lam_last": 2.0, "iterations": 3,
-        "revision": "v1", "model": "org/tiny", "recompute": True, "clip": 1.0, "torch": "2"})
+    args = vars(selfplay.parse_args(["--model", str(ROOT / "tiny")]))
+    write_json(folder / "settings.json", args | {"torch": "2"})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
     learning.save_state(folder / runs.CHECKPOINT, optimizer, torch.Generator(), {"step": 1})
+    (folder / "old").mkdir()
+    write_json(folder / "old" / "settings.json", {  # as an older version wrote them
+        "game": "spin", "lr": 0.1, "lr_late": 0.1, "lam": 1.0, "lam_last": 2.0, "iterations": 3,
+        "revision": "v1", "model": "org/tiny", "recompute": True, "clip": 1.0, "torch": "2"})
+    shutil.copy(folder / runs.CHECKPOINT, folder / "old")
 
 
 def broken(data, name, rng):
@@ -187,7 +186,7 @@ def fuzz(inputs, seed, keep=None):
                 if verdict == "failed":
                     failures.append(f"{name}: {type(error).__name__}: {text[:150]}")
                     if keep:
-                        (Path(keep) / f"{len(failures)}-{name}").write_bytes(data)
+                        (Path(keep) / f"{len(failures)}-{name.replace('/', '-')}").write_bytes(data)
             counts[name][verdict] += 1
             (folder / name).write_bytes(originals[name])
             (folder / "model.safetensors").write_bytes(originals["model.safetensors"])

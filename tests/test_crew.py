@@ -75,28 +75,32 @@ def updates():
     machine.leave(crew)
 
 
-def child(rank, size, port, folder, words):
+def child(rank, size, pipe, folder, words):
+    port = os.read(pipe, 5).decode()
     if size > 1:
         os.environ |= {{"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}}
+                       "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}}
     os.chdir(folder)
     sys.argv = ["selfplay.py", *words]
     os._exit(console.run_command(lambda: selfplay.main(words) if words else updates()))
 
 
 for size, folder, words in json.loads(sys.argv[1]):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    children = []
+    children, pipe = [], os.pipe()
     for rank in range(size):
         children.append(os.fork())
         if not children[-1]:
             try:
-                child(rank, size, store.port, folder, words)
+                child(rank, size, pipe[0], folder, words)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
+    # Only now: a store is a thread, and who is forked while it holds a lock may wait for ever.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(pipe[1], size * f"{{store.port:5}}".encode())
     if any([os.waitpid(pid, 0)[1] for pid in children]):
         sys.exit(f"{{size}} processes failed: {{words}}")
+    del store
 """
 
 
