@@ -302,6 +302,8 @@ def modern(settings):
         try:
             first, last, early, late = (old.pop(k) for k in ("lam", "lam_last", "lr", "lr_late"))
             t = old["iterations"]
+            if type(t) is not int or not 0 < t <= 10**6:
+                raise TypeError("iterations")
             old["lam"] = [first] * (t - 1) + [last if t > 1 else first]
             old["lr"] = [early] * min(t, 2) + [late] * (t - 2)
         except (KeyError, TypeError, OverflowError, MemoryError) as error:
