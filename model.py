@@ -25,15 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from support import console, files, machine
 from support.text import Tokenizer
 
-# One decoder for all. For a new one, see also Config, Block, config_from_json and weight_names.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
 
 class Block(nn.Module):
-    """One layer: attention, then SwiGLU, each behind an RMSNorm and added to its input.
-
-    `forward` stands first, as it is what one comes to read. __init__ has the weights.
-    """
+    """One layer: attention, then SwiGLU, each behind an RMSNorm. __init__ is below `forward`."""
 
     def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
         """x [B, T, D] -> x. cos, sin [B or 1, 1, T, C/2]. mask [B, 1, T, S]; None: causal."""
@@ -73,6 +67,10 @@ class Block(nn.Module):
         self.mlp_norm = nn.Parameter(torch.ones(c.hidden_size))
         self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+
+# One decoder for all. For a new family, see also Config, Block, config_from_json, weight_names.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass
