@@ -525,12 +525,11 @@ def config_from_json(raw):
     scaling = raw.get("rope_scaling") or rope
     llama3 = scaling.get("rope_type", scaling.get("type")) == "llama3"
     windowed = raw.get("use_sliding_window", family == "mistral")
-    architectures = map(str, raw.get("architectures") or [])
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
              "num_attention_heads")
     try:
-        heads = raw["num_attention_heads"]
+        heads, architectures = raw["num_attention_heads"], raw.get("architectures") or []
         config = Config(
             **{key: raw[key] for key in sizes},
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
@@ -542,7 +541,7 @@ def config_from_json(raw):
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            score_head=any("SequenceClassification" in name for name in architectures),
+            score_head=any("SequenceClassification" in str(name) for name in architectures),
             sliding_window=raw.get("sliding_window") if windowed else None)
         files.check_sizes(config)
         return config

@@ -80,6 +80,7 @@ def cut_weights(folder):
     (spoil_config(hidden_size="wide"), "sizes do not fit"),
     (spoil_config(num_attention_heads=0), "look at num_attention_heads"),
     (spoil_config(rope_theta="far"), "usable number"),
+    (spoil_config(architectures=2.5), "usable number"),
     (spoil_config(rope_scaling="x"), "not an object"),
     (spoil_config(num_key_value_heads=3), "do not fit"),
     (spoil_config(intermediate_size=200), "config.json asks for"),
