@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import load, sample_all
+from model import load, read_config, sample_all
 from rewards import ExactReward, judged, last_states, load_referee
-from support import console, files, machine, report, runs
+from support import console, data, files, machine, report, runs
+from support.text import Tokenizer
 from tiny import language
 
 SAMPLES = 8  # answers at temperature 1 to each instruction: their mean is sampled, the best pass@8
@@ -32,10 +33,15 @@ Z = 1.959964  # the normal distribution holds 95 % within so many deviations
 
 def answer(model, tokenizer, queries, samples=1, temperature=1.0, seed=0, max_new_tokens=32):
     """`samples` answers to each query: N lists of text."""
+    found = sampled(model, tokenizer, queries, samples, temperature, seed, max_new_tokens)
+    return [[tokenizer.decode(ids) for ids in group] for group in found]
+
+
+def sampled(model, tokenizer, queries, samples, temperature, seed, max_new_tokens):
+    """`answer` as ids: N lists of lists. One without an end token was cut."""
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
     prompts = [tokenizer.chat([{"role": "user", "content": query}]) for query in queries]
-    found = sample_all(model, prompts, samples, max_new_tokens, temperature, generator)
-    return [[tokenizer.decode(ids) for ids in group] for group in found]
+    return sample_all(model, prompts, samples, max_new_tokens, temperature, generator)
 
 
 def rate(model, tokenizer, queries, seed=0, referee=ExactReward()):
@@ -54,11 +60,29 @@ def wilson(p, n):
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def normal(values):
-    """[mean, low, high] of values [n], with the normal 95 % interval. Of one value: mean +- 1/2."""
-    mean, n = values.mean().item(), len(values)
-    half = Z * values.std().item() / math.sqrt(n) if n > 1 else 0.5
-    return [mean, mean - half, mean + half]
+def normal(values, low=0.0, high=1.0):
+    """[mean, lower, upper] of values [n] between low and high, with a 95 % interval.
+
+    The interval is the normal one of the values and of two more, one at each end (after Agresti and
+    Min 2005): ten wins of ten do not prove that there will never be a loss.
+    """
+    mean = values.mean().item()
+    more = torch.cat([values.float(), torch.tensor([low, high])])
+    half = Z * more.std().item() / math.sqrt(len(more))
+    middle = more.mean().item()
+    return [mean, max(low, min(mean, middle - half)), min(high, max(mean, middle + half))]
+
+
+def gains(ours, theirs):
+    """{"sampled", "greedy", "pass@8"}: what `ours` gained over `theirs`, [gain, lower, upper].
+
+    ours, theirs: two models' rates on the same instructions. The gain is paired: the mean of the
+    differences, instruction by instruction. That is more exact than two separate intervals.
+    """
+    change = {"greedy": ours["greedy"].mean(1) - theirs["greedy"].mean(1),
+              "sampled": ours["sampled"].mean(1) - theirs["sampled"].mean(1),
+              f"pass@{SAMPLES}": ours["sampled"].amax(1) - theirs["sampled"].amax(1)}
+    return {name: normal(values, -1.0, 1.0) for name, values in change.items()}
 
 
 def summary(rates, queries):
@@ -101,6 +125,13 @@ def percent(share):
     return "{:5.1f} [{:4.1f}, {:4.1f}]".format(*(100 * x for x in share))
 
 
+def gain_line(gain, against="the start"):
+    """The gains as one sentence, in points."""
+    parts = ["{} {:+.1f} [{:+.1f}, {:+.1f}]".format(name, *(100 * x for x in gain[name]))
+             for name in ("sampled", "greedy", f"pass@{SAMPLES}")]
+    return f"gain over {against}, in points, paired by instruction: {', '.join(parts)}"
+
+
 def table(summaries):
     """A text table of {name: summary}: a line for each kind and model, in percent."""
     columns, kinds = ("sampled", "greedy", "pass@8"), next(iter(summaries.values()))
@@ -123,18 +154,21 @@ def win_line(win, against="the start"):
 
 
 def scoreboard(rates, queries, path):
-    """Print the table and the win rates of {name: rates}, and write them to a JSON file.
+    """Print the table, the gains and the win rates of {name: rates}, and write a JSON file.
 
-    The first name is the start: the others' win rates are against it.
-    In the file: {"scores": {name: summary}, "win_rate": {name: [share, low, high]}}.
+    The first name is the start: the others' gains and win rates are against it. In the file:
+    {"scores": {name: summary}, "gain": {name: gains}, "win_rate": {name: [share, low, high]}}.
     """
     start, *others = rates
     scores = {name: summary(own, queries) for name, own in rates.items()}
     wins = {name: win_rate(rates[name]["sampled"], rates[start]["sampled"]) for name in others}
-    path.write_text(json.dumps({"scores": scores, "win_rate": wins}, indent=2) + "\n")
+    gain = {name: gains(rates[name], rates[start]) for name in others}
+    found = {"scores": scores, "gain": gain, "win_rate": wins}
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print("\n" + table(scores))
-    for name, win in wins.items():
-        print((f"{name}: " if len(wins) > 1 else "") + win_line(win))
+    for name in others:
+        print((f"{name}: " if len(wins) > 1 else "") + gain_line(gain[name]))
+        print((f"{name}: " if len(wins) > 1 else "") + win_line(wins[name]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,10 +183,10 @@ class PairJudge:
     def __init__(self, model, tokenizer):
         """Raises UserError where the two letters are not single tokens."""
         self.model, self.tokenizer = model, tokenizer
-        letters = [tokenizer.encode(letter) for letter in "AB"]
-        if any(len(ids) != 1 for ids in letters):
-            raise console.UserError("this judge's tokenizer has no single tokens for A and B")
-        self.letters = torch.tensor([ids[0] for ids in letters], device=model.embed.weight.device)
+        question = [{"role": "user", "content": "A or B?"}]
+        # lead: what a template or a tokenizer puts between a prompt and the letter; mostly nothing.
+        self.lead, letters = tokenizer.choices(question, "AB")
+        self.letters = torch.tensor(letters, device=model.embed.weight.device)
 
     @torch.no_grad()
     def __call__(self, queries, ours, theirs):
@@ -165,15 +199,15 @@ class PairJudge:
 
     def _ids(self, query, a, b):
         question = self.QUESTION.format(query=query, a=a, b=b)
-        return self.tokenizer.chat([{"role": "user", "content": question}])
+        room = self.model.config.context - len(self.lead)  # what is too long is cut from behind
+        return self.tokenizer.chat([{"role": "user", "content": question}], room=room) + self.lead
 
 
-def duel(ours, theirs, instructions, referee=None, judge=None):
+def duel(ours, theirs, queries, referee=None, judge=None):
     """wins [n]: 1 where our answer is better, 1/2 for a tie, 0 else.
 
     By a referee's two rewards, or by a PairJudge.
     """
-    queries = [row["instruction"] for row in instructions]
     if judge:
         return judge(queries, ours, theirs)
     rewards = judged(referee, queries, [list(pair) for pair in zip(ours, theirs)])
@@ -201,20 +235,27 @@ def score_command(args):
                       or not Path(args.json).resolve().parent.is_dir()):
         raise console.UserError("--json writes the figures of one MODEL, without --against, to a "
                                 "file in a folder that exists")
+    names = [*args.model, *([args.against] if args.against else [])]
+    for name in names:
+        if not language.spoken_by(runs.model_folder(name)):
+            raise console.UserError(f"{name} does not speak the embedded language, whose questions "
+                                    "`score` asks: compare it by `evaluate.py duel`")
     queries = language.evaluation_set(args.items, args.held_out)
-    sampled = []
-    for i, name in enumerate([*args.model, *([args.against] if args.against else [])]):
+    found = []
+    for i, name in enumerate(names):
         model, tokenizer = load(runs.model_folder(name), args.device)
         # Each has a seed of its own: with one seed all would answer with the same luck.
         luck = 0 if i == len(args.model) else i + 1
         rates = rate(model, tokenizer, queries, 1000 * args.seed + luck)
         print(f"\n{name}\n{table({'': summary(rates, queries)})}", flush=True)
-        sampled.append(rates["sampled"])
+        found.append(rates)
         if args.json:
             write_items(args.json, name, model, tokenizer, queries, rates, args.seed)
     if args.against:
-        for name, ours in zip(args.model, sampled):
-            print(f"\n{name}: " + win_line(win_rate(ours, sampled[-1]), args.against))
+        for name, ours in zip(args.model, found):
+            win = win_rate(ours["sampled"], found[-1]["sampled"])
+            print(f"\n{name}: " + gain_line(gains(ours, found[-1]), args.against))
+            print(f"{name}: " + win_line(win, args.against))
 
 
 def write_items(path, name, model, tokenizer, queries, rates, seed):
@@ -229,7 +270,7 @@ def write_items(path, name, model, tokenizer, queries, rates, seed):
     figures = {"model": str(name), "scores": summary(rates, queries),
                "kinds": [language.kind(query) for query in queries],
                "items": {key: values.tolist() for key, values in items.items()}}
-    Path(path).write_text(json.dumps(figures) + "\n")
+    Path(path).write_text(json.dumps(figures) + "\n", encoding="utf-8")
 
 
 def duel_command(args):
@@ -240,28 +281,37 @@ def duel_command(args):
     if Path(args.outputs).exists():
         raise console.UserError(f"{args.outputs} exists already: choose another --outputs, nothing "
                                 "was touched")
-    instructions = files.read_instructions(args.instructions)
-    queries = [row["instruction"] for row in instructions]
+    queries, rows = zip(*data.read_instructions(args.instructions))
+    for name in (args.model, args.against):  # what does not fit shows before hours of answering
+        folder = files.find(runs.model_folder(name))
+        asked = [data.Row([{"role": "user", "content": query}], None, i + 1)
+                 for i, query in enumerate(queries)]
+        reads = [(Tokenizer(folder).chat, read_config(folder)[0].context)]
+        data.measured(asked, reads, args.answer_tokens,
+                      f"--instructions {args.instructions}, entry")
     dtype, referee, judge = machine.DTYPES[args.dtype], None, None
     # The judge first: whatever is wrong with it shows before hours of answering.
     if args.reward:
         referee = load_referee(args.reward, args.device, dtype=dtype)
     else:
         judge = PairJudge(*load(runs.model_folder(args.judge), args.device, dtype))
-    outputs = []
+    outputs, cut = [], {}
     for name in (args.model, args.against):
         model, tokenizer = load(runs.model_folder(name), args.device, dtype)
-        answers = answer(model, tokenizer, queries, 1, 0, max_new_tokens=args.answer_tokens)
-        outputs.append([text for text, in answers])
+        answers = sampled(model, tokenizer, queries, 1, 0, 0, args.answer_tokens)
+        cut[name] = sum(ids[-1] not in model.end_ids for ids, in answers) / len(answers)
+        outputs.append([tokenizer.decode(ids) for ids, in answers])
         del model
         if len(outputs) == 1:  # as alpaca_eval reads it
-            rows = [row | {"output": text, "generator": Path(name).name}
-                    for row, text in zip(instructions, outputs[0])]
-            text = json.dumps(rows, indent=2, ensure_ascii=False)
-            Path(args.outputs).write_text(text + "\n")
-    wins = duel(*outputs, instructions, referee, judge)
+            written = [row | {"output": text, "generator": Path(name).name}
+                       for row, text in zip(rows, outputs[0])]
+            text = json.dumps(written, indent=2, ensure_ascii=False)
+            Path(args.outputs).write_text(text + "\n", encoding="utf-8")
+    wins = duel(*outputs, queries, referee, judge)
     print(f"{args.model} against {args.against}")
-    print(duel_table(wins, [row["dataset"] for row in instructions]))
+    print(duel_table(wins, [row["dataset"] for row in rows]))
+    print(f"answers cut at --answer-tokens {args.answer_tokens}: "
+          + ", ".join(f"{100 * share:.1f} % of {name}" for name, share in cut.items()))
     print(f"answers: {args.outputs}")
 
 
@@ -344,7 +394,8 @@ def parse_args(argv=None):
     add("--against", metavar="MODEL", default=argparse.SUPPRESS,
         help="also score this one, and the win rate of each MODEL against it")
     add("--items", type=COUNT, default=1000, help="how many instructions")
-    add("--held-out", type=ZERO_TOO, default=0, metavar="K", help="which drawing of them")
+    add("--held-out", type=int, choices=range(language.DRAWINGS), default=0,
+        help="which drawing of them; no two drawings share one")
     add("--seed", type=ZERO_TOO, default=0, help="seed of the sampling")
     add("--json", metavar="FILE", default=argparse.SUPPRESS,
         help="of one MODEL: write the figures of every instruction there")
@@ -355,7 +406,7 @@ def parse_args(argv=None):
     add("--against", metavar="MODEL", required=True, default=argparse.SUPPRESS,
         help="the other model")
     add("--instructions", metavar="FILE", required=True, default=argparse.SUPPRESS,
-        help="a JSON list in AlpacaEval's format")
+        help="a JSON list or JSONL, as AlpacaEval and MT-Bench have them")
     add("--reward", default=argparse.SUPPRESS,
         help="who judges: file.py:function, or a reward model's folder or hub name")
     add("--judge", metavar="MODEL", default=argparse.SUPPRESS,

@@ -300,15 +300,30 @@ ROOM = 16384  # cached positions of one batch of sample_all: bounds its memory
 
 def sample_all(model, prompts, group=1, max_new_tokens=64, temperature=1.0, generator=None):
     """`generate` for many prompts, some at a time: N groups of G lists of ids, in order."""
-    rows = max(1, ROOM // (group * (max(map(len, prompts)) + max_new_tokens)))
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
     found = [None] * len(prompts)
-    for part in groups(by_length, rows):
-        chosen = [prompts[i] for i in part]
-        rollout = generate(model, chosen, group, max_new_tokens, temperature, generator)
-        for i, ids in zip(part, groups(rollout.ids, group)):
+    settings = (group, max_new_tokens, temperature, generator)
+    for part, answers in sample_parts(model, prompts, *settings):
+        for i, ids in zip(part, answers):
             found[i] = ids
     return found
+
+
+def sample_parts(model, prompts, group=1, max_new_tokens=64, temperature=1.0, generator=None):
+    """`generate` for many prompts. Yields (which prompts, their groups of ids), shortest first.
+
+    Each batch has the room for its own longest prompt. What is left behind a batch is batched in
+    the same way by a new call: so a run may stop between two of them.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
+    while by_length:
+        count = 1
+        while count < len(by_length) and (count + 1) * group * (
+                len(prompts[by_length[count]]) + max_new_tokens) <= ROOM:
+            count += 1
+        part, by_length = by_length[:count], by_length[count:]
+        rollout = generate(model, [prompts[i] for i in part], group, max_new_tokens, temperature,
+                           generator)
+        yield part, groups(rollout.ids, group)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -459,25 +474,35 @@ def logprobs(model, packed, temperature=1.0, chunk=1024):
 # --------------------------------------------------------------------------------------------------
 # Files in Hugging Face layout
 
-def load(name, device="cpu", dtype=torch.float32):
+def load(name, device="cpu", dtype=torch.float32, date=None):
     """(model, tokenizer) of a folder, or of a model on the hub: "org/name" or "org/name@revision".
 
+    date: what the chat template takes for now, in ISO form; None: this moment.
     Nothing is fetched unless `name` is no folder and looks like a hub name. The model carries
-    `end_ids` (set of int), `folder` (Path) and `raw` (config.json as it was read).
+    `end_ids` (set of int), `folder` (Path) and `raw` (config.json as it was read, but untied where
+    the weights hold an output matrix of their own: transformers uses it, too).
     Raises UserError, one line, for whatever is missing, unsupported or does not fit.
     """
     folder = files.find(name)
     raw = files.read_json(folder / "config.json")
-    config = config_from_json(raw)
+    config, weights = config_from_json(raw), files.read_tensors(folder)
+    if config.tie_word_embeddings and not config.score_head and files.has_own_head(weights):
+        raw["tie_word_embeddings"] = config.tie_word_embeddings = False
     with torch.device("meta"):
         model = Llama(config)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    weights = files.stack(folder, files.read_tensors(folder), weight_names(config), shapes)
+    weights = files.stack(folder, weights, weight_names(config), shapes)
     model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
     model.cos, model.sin = rope_table(config)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, date)
     model.folder, model.raw = folder, raw
     model.end_ids = files.end_ids(folder, raw, tokenizer, config.vocab_size)
+    end = None if config.score_head else tokenizer.turn_end
+    if end is not None and end not in model.end_ids:
+        token = tokenizer.text.id_to_token(end)
+        console.note(f"{folder}: the chat template ends an answer with {token}, which "
+                     "generation_config.json does not name: answers stop there, too")
+        model.end_ids.add(end)
     if not model.end_ids and not config.score_head:
         raise console.UserError(f"{folder}: no end token: give eos_token_id in "
                                 "generation_config.json")
@@ -502,7 +527,7 @@ def save(model, folder):
     raw = model.raw | {"torch_dtype": dtype}
     if "dtype" in raw:  # its name in newer files
         raw["dtype"] = dtype
-    files.write_folder(folder, raw, tensors, copy_from=model.folder)
+    files.write_folder(folder, raw, tensors, model.folder, getattr(model, "end_ids", None))
 
 
 def read_config(name):

@@ -4,6 +4,9 @@ A referee is any callable (queries, answers) -> rewards:
     queries    N texts
     answers    N lists of G texts
     rewards    [N, G], a finite number for each answer; higher is better
+It may ask for more by the names of its other parameters:
+    messages   N conversations, each with its query as the last message
+    answer     N known answers, those that --data has; no two questions are mixed up
 
     ExactReward     1 for the right answer in the embedded language, else 0
     MathReward      the same for questions whose answers are known numbers
@@ -15,7 +18,9 @@ A referee is any callable (queries, answers) -> rewards:
 The judge grades on a rubric of 7 points. Both quality rewards return its grade divided by 7, so
 they lie between 0 and 1.
 """
+import copy
 import re
+import unicodedata
 from fractions import Fraction
 from os.path import commonprefix
 from pathlib import Path
@@ -41,7 +46,11 @@ EXPECTED = "Reply with the number of points alone, one digit."
 WRITTEN = ("Justify your grade in at most three sentences, then end with the number of points as "
            "<score>n</score>.")
 EXCHANGE = "Query:\n{query}\n\nAnswer:\n{answer}"
-NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+# A number in plain text: 1,234.50, -$3, 1e5, 3/4. What is a piece of a longer expression is none:
+# 2^10, 1,2.
+NUMBER = (r"(?<![\d.^/*])(?<!\d,)(?:(?<![\d)])-\$?)?"
+          r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+          r"(?:[eE][+-]?\d\d?)?(?:/[1-9]\d*)?(?![\d/^*]|[.,]\d|[eE][+-]?\d)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -72,43 +81,47 @@ class MathReward:
     """1 where an answer comes to the same as the known one, else 0. For questions as in GSM8K."""
 
     def __init__(self, data):
-        """data: [(messages, answer)]. Raises UserError where a known answer is not clear."""
-        self.known = {}
-        for messages, answer in data:
-            question = messages[-1]["content"]
-            self.known[question] = final_answer(answer)
-            marked = "####" in answer or "\\boxed{" in answer
-            plain = marked or re.fullmatch(r"\$?-?[\d,]*\.?\d+", answer.strip())
-            if not plain or self.known[question] is None:
-                raise console.UserError(f"--reward math: the known answer to {question[:60]!r} is "
-                                        "neither a number nor marked by #### or \\boxed{}")
+        """data: Rows. Raises UserError where a known answer is not clear."""
+        for row in data:
+            marked = "####" in row.answer or "\\boxed{" in row.answer
+            plain = marked or re.fullmatch(rf"\$?{NUMBER}", row.answer.strip())
+            if not plain or final_answer(row.answer) is None:
+                raise console.UserError(f"--reward math: the known answer in line {row.line} is "
+                                        "neither a number nor marked by #### or \\boxed{}: "
+                                        f"{row.answer[:60]!r}")
 
-    def __call__(self, queries, answers):
-        """R [N, G] of N texts and N lists of G texts."""
-        return torch.tensor([[float(final_answer(answer) == self.known[query]) for answer in group]
-                             for query, group in zip(queries, answers)])
+    def __call__(self, queries, answers, answer):
+        """R [N, G] of N texts and N lists of G texts. answer: the N known ones."""
+        known = [final_answer(text) for text in answer]
+        return torch.tensor([[float(final_answer(text) == right) for text in group]
+                             for right, group in zip(known, answers)])
 
 
 def final_answer(text):
     """What a worked answer comes to, as a text, or None.
 
     That is its last boxed expression, or what follows its last ####, or else its last number.
-    It is meant for numbers, as in GSM8K: $1,234.50 and 1234.5 are the same, and words beside a
-    marked number do not count. A longer expression is compared as it stands, without spaces.
+    It is meant for numbers, as in GSM8K: $1,234.50 and 1234.5 are the same, and so are 3/4 and .75.
+    Words beside a marked number do not count. Any other expression is compared as it stands,
+    without spaces: two forms of one are then unequal, which pays less than is due, never more.
     """
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")  # minus sign, wide digits
+    text = re.sub(r"(?<![\w)])\*\*([^*]+)\*\*(?![\w(])", r"\1", text)  # bold, in Markdown
     if "\\boxed{" in text:
-        text = "".join(boxed(text).replace("\\$", "$").split())
-        # A number, perhaps with a sign of money or a unit.
-        if re.fullmatch(rf"[^\\\d.-]*{NUMBER}[^\\\d/^]*", text):
-            text = re.search(NUMBER, text)[0]
+        text = boxed(text).replace("\\$", "$").replace("\\%", "%").strip()
+        # Perhaps a variable or a sign of money before the number, and a unit behind it.
+        unit = r"(?:\\? [a-zA-Z ]+|\\text{[^{}]*})?"
+        alone = re.fullmatch(rf"(?:[a-z] ?= ?)?\$?({NUMBER})%?{unit}", text)
+        text = alone[1] if alone else "".join(text.split())
     elif "####" in text:
         marked = text.rpartition("####")[2].strip().split("\n")[0]
-        text = (re.findall(NUMBER, marked) or [""])[0]
+        numbers = re.findall(NUMBER, marked)
+        text = numbers[0] if len(numbers) == 1 else "".join(marked.split())
     else:
         text = (re.findall(NUMBER, text) or [""])[-1]
-    plain = text.replace(",", "")
-    if re.fullmatch(NUMBER, text) and len(plain) < 100:
-        return str(Fraction(plain))
+    if re.fullmatch(NUMBER, text) and len(text) < 100:
+        over, _, under = re.sub("[,$]", "", text).partition("/")
+        return str(Fraction(over) / Fraction(under or 1))
     return text or None
 
 
@@ -126,10 +139,11 @@ def boxed(text):
 # --------------------------------------------------------------------------------------------------
 # Models as referees
 
-def last_states(model, rows):
+def last_states(model, rows, tokens=4096):
     """The hidden state at the end of every text, [texts, D].
 
     rows: N groups of texts, as lists of ids. What a group's texts begin with is computed once.
+    tokens: of a micro-batch.
     """
     prompts, rests = [], []
     for group in rows:
@@ -138,7 +152,7 @@ def last_states(model, rows):
         # `states` gives the state before each token: an id added at the end makes it the last one.
         rests.append([row[shared:] + [0] for row in group])
     out = model.embed.weight.new_zeros(sum(map(len, rows)), model.config.hidden_size)
-    for packed in pack(prompts, rests, device=out.device):
+    for packed in pack(prompts, rests, tokens, out.device):
         last = F.pad(packed.owner[1:] != packed.owner[:-1], (0, 1), value=True)  # the added ids
         out[packed.owner[last]] = states(model, packed)[last]
     return out
@@ -161,26 +175,37 @@ class RewardModel:
     The reward is read at the last token of the conversation, as its own chat template writes it.
     """
 
-    def __init__(self, name, device="cpu", dtype=torch.float32):
-        """name: folder or hub name. Raises UserError for a model without a score head."""
-        self.model, self.tokenizer = load(name, device, dtype)
+    def __init__(self, name, device="cpu", dtype=torch.float32, date=None, micro_batch=4096):
+        """name: folder or hub name. Raises UserError for a model without a score head.
+
+        date: see model.load.
+        """
+        self.model, self.tokenizer = load(name, device, dtype, date)
+        self.micro_batch = micro_batch
         if not self.model.config.score_head:
             raise console.UserError(f"{name} is no reward model: its architecture is not "
                                     "..ForSequenceClassification")
 
     @torch.no_grad()
-    def __call__(self, queries, answers):
-        """R [N, G] of N texts and N lists of G texts."""
+    def __call__(self, queries, answers, messages=None):
+        """R [N, G] of N texts and N lists of G texts.
+
+        messages: the N conversations that were answered, where there is more than the query.
+        """
+        asked = messages or [[{"role": "user", "content": query}] for query in queries]
+
         def grade(different):
-            rows = [[self._ids(query, answer) for answer in group]
-                    for query, group in zip(queries, different)]
-            return self.model.score_head(last_states(self.model, rows))[:, 0].float()
+            rows = [[self.ids(conversation, answer) for answer in group]
+                    for conversation, group in zip(asked, different)]
+            hidden = last_states(self.model, rows, self.micro_batch)
+            return self.model.score_head(hidden)[:, 0].float()
         with machine.resident(self.model):
             return each_once(grade, answers)
 
-    def _ids(self, query, answer):
-        messages = [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
-        return self.tokenizer.chat(messages, add_generation_prompt=False)
+    def ids(self, messages, answer):
+        """A conversation and its answer. What is too long for the model is cut from behind."""
+        return self.tokenizer.chat([*messages, {"role": "assistant", "content": answer}],
+                                   add_generation_prompt=False, room=self.model.config.context)
 
 
 class QualityReward:
@@ -190,38 +215,39 @@ class QualityReward:
     from one forward pass: no noise, nothing to parse, no malformed score.
     """
 
-    def __init__(self, reference, tokenizer):
+    def __init__(self, reference, tokenizer, micro_batch=512):
         """reference: the frozen judge. Raises UserError where a digit is not a single token."""
-        self.model, self.tokenizer = reference, tokenizer
+        self.model, self.tokenizer, self.micro_batch = reference, tokenizer, micro_batch
         self.speaks = language.spoken_by(tokenizer)  # then it learnt the embedded language's rubric
-        digits = [tokenizer.encode(str(d)) for d in range(8)]
-        if any(len(ids) != 1 for ids in digits):
-            raise console.UserError("this model's tokenizer has no single token for each digit 0 "
-                                    "to 7, which the judge needs")
-        self.digits = torch.tensor([ids[0] for ids in digits], device=reference.cos.device)  # [8]
+        question = [{"role": "user", "content": "How many points?"}]
+        # lead: what a template or a tokenizer puts between a prompt and the digit; mostly nothing.
+        self.lead, digits = tokenizer.choices(question, "01234567")
+        self.digits = torch.tensor(digits, device=reference.cos.device)  # [8]
 
     @torch.no_grad()
     def __call__(self, queries, answers):
         """R_Q [N, G], 0 to 1, of N texts and N lists of G texts."""
         def grade(different):
-            rows = [[self._ids(query, answer) for answer in group]
+            rows = [[self.ids(query, answer) for answer in group]
                     for query, group in zip(queries, different)]
-            hidden = last_states(self.model, rows)  # [different answers, D]
+            hidden = last_states(self.model, rows, self.micro_batch)  # [different answers, D]
             # Among the digits alone, [different answers, 8].
             p = F.linear(hidden, self.model.head[self.digits]).float().softmax(-1)
             return p @ torch.arange(8.0, device=p.device)
         with machine.resident(self.model):
             return each_once(grade, answers) / 7
 
-    def _ids(self, query, answer):
+    def ids(self, query, answer):
+        """What the judge is asked about an exchange. What is too long is cut from behind."""
         if self.speaks:
             exchange = language.JUDGE_EXCHANGE.format(query=query, answer=answer)
-            return self.tokenizer.chat([{"role": "system", "content": language.JUDGE_PROMPT},
-                                        {"role": "user", "content": exchange}])
-        # One user turn: not every template knows a system message.
-        exchange = EXCHANGE.format(query=query, answer=answer)
-        return self.tokenizer.chat([
-            {"role": "user", "content": f"{RUBRIC} {EXPECTED}\n\n{exchange}"}])
+            asked = [{"role": "system", "content": language.JUDGE_PROMPT},
+                     {"role": "user", "content": exchange}]
+        else:  # one user turn: not every template knows a system message
+            exchange = EXCHANGE.format(query=query, answer=answer)
+            asked = [{"role": "user", "content": f"{RUBRIC} {EXPECTED}\n\n{exchange}"}]
+        room = self.model.config.context - len(self.lead)
+        return self.tokenizer.chat(asked, room=room) + self.lead
 
 
 class WrittenQuality:
@@ -238,19 +264,20 @@ class WrittenQuality:
     def __call__(self, queries, answers):
         """R_Q [N, G], 0 to 1, of N texts and N lists of G texts."""
         def grade(different):
-            exchanges = [EXCHANGE.format(query=query, answer=answer)
-                         for query, group in zip(queries, different) for answer in group]
-            grades = [self.parse(verdict) for verdict in self._verdicts(exchanges)]
+            prompts = [self.ids(query, answer)
+                       for query, group in zip(queries, different) for answer in group]
+            found = sample_all(self.model, prompts, 1, self.max_new_tokens, 0)
+            grades = [self.parse(self.tokenizer.decode(ids)) for ids, in found]
             self.malformed = grades.count(None) / len(grades)
             return torch.tensor([float(grade or 0) for grade in grades])
         with machine.resident(self.model):
             return each_once(grade, answers) / 7
 
-    def _verdicts(self, exchanges):
-        prompts = [self.tokenizer.chat([
-            {"role": "user", "content": f"{RUBRIC} {WRITTEN}\n\n{text}"}]) for text in exchanges]
-        found = sample_all(self.model, prompts, 1, self.max_new_tokens, 0)
-        return [self.tokenizer.decode(ids) for ids, in found]
+    def ids(self, query, answer):
+        """What the judge is asked about an exchange. What is too long is cut from behind."""
+        text = f"{RUBRIC} {WRITTEN}\n\n" + EXCHANGE.format(query=query, answer=answer)
+        room = self.model.config.context - self.max_new_tokens
+        return self.tokenizer.chat([{"role": "user", "content": text}], room=room)
 
     @staticmethod
     def parse(verdict):
@@ -267,42 +294,45 @@ def names_model(spec):
     return ":" not in spec and (Path(spec).is_dir() or files.is_hub_name(spec))
 
 
-def load_referee(spec, device="cpu", data=None, dtype=torch.float32):
+def load_referee(spec, device="cpu", data=None, dtype=torch.float32, **settings):
     """The referee that --reward names. Raises UserError.
 
     spec: "exact", "math" (against data's known answers), "file.py:function", or a reward model's
-    folder or hub name. A file's code is run: name only files that you trust.
+    folder or hub name. A file's code is run: name only files that you trust. settings: a
+    RewardModel's date and micro_batch.
     """
     if spec == "exact":
         return ExactReward()
     if spec == "math":
         return MathReward(data)
     if names_model(spec):
-        return RewardModel(spec, device, dtype)
-    path, _, name = spec.rpartition(":")
-    if not path and Path(spec).is_file():
-        raise console.UserError(f"--reward {spec}: which function of it? Write {spec}:function")
-    if not path or not Path(path).is_file():
-        raise console.UserError(f"--reward {spec}: expected exact, file.py:function or a reward "
-                                f"model, and no file or folder {(path or spec)!r} is here")
-    return console.guarded(console.load_function(path, name, f"--reward {spec}"))
+        return RewardModel(spec, device, dtype, **settings)
+    return console.users_function(spec, "--reward", "reward",
+                                  "exact, math, file.py:function or a reward model")
 
 
-def judged(referee, queries, answers):
+def judged(referee, queries, answers, columns={}):
     """A referee's rewards as float32 [N, G] on the CPU.
 
-    Raises UserError for a wrong shape, NaN or infinity.
+    columns: {name: N values} that a referee may ask for by name (data.columns). It gets copies, so
+    it cannot change what is played. Raises UserError for a wrong shape, NaN or infinity.
     """
     name = getattr(referee, "__name__", type(referee).__name__)
-    rewards, shape = referee(queries, answers), [len(queries), len(answers[0])]
+    asked = console.asked_for(referee, columns)
+    rewards = referee([*queries], [[*group] for group in answers], **copy.deepcopy(asked))
+    return numbers(rewards, [len(queries), len(answers[0])], f"the reward {name}")
+
+
+def numbers(values, shape, who):
+    """What somebody's function returned, as float32 of this shape on the CPU. Raises UserError."""
     try:
-        rewards = torch.as_tensor(rewards, dtype=torch.float32).detach().cpu()
+        values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise console.UserError(f"the reward {name} returned {type(rewards).__name__}, not "
-                                f"numbers of shape {shape}") from None
-    if list(rewards.shape) != shape:
-        raise console.UserError(f"the reward {name} returned shape {list(rewards.shape)}; expected "
-                                f"one number an answer, {shape}")
-    if not rewards.isfinite().all():
-        raise console.UserError(f"the reward {name} returned NaN or infinity")
-    return rewards
+        raise console.UserError(f"{who} returned {type(values).__name__}, not numbers of shape "
+                                f"{shape}") from None
+    if list(values.shape) != shape:
+        raise console.UserError(f"{who} returned shape {list(values.shape)}; expected {shape}, one "
+                                "number each")
+    if not values.isfinite().all():
+        raise console.UserError(f"{who} returned NaN or infinity")
+    return values

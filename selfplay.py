@@ -28,6 +28,9 @@ Simplified away:
 3. A value network. The mean of the group stands for it.
 4. Weighting by length: a text's log-probability is the sum over its tokens. (With a real model
    the default is the mean over all tokens, --aggregate token.)
+Added: the gradient is scaled down to a norm of 1 (learning.CLIP; "clipped" in metrics.jsonl). The
+paper does not say so. Its R_Q is 0 to 7 points. Ours is a seventh of that, times --quality: 7 with
+a real model, as in the paper, and 1 on the embedded default.
 recipes/plain.py is this step without any trick for speed. Begin there.
 """
 import copy
@@ -44,17 +47,20 @@ from tqdm import tqdm
 
 import evaluate
 from model import Llama, generate, groups, load, logprobs, pack, read_config, save
-from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model
-from support import console, files, learning, machine, record, report, runs
+from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model, numbers
+from support import console, data, learning, machine, record, report, runs
 from support.text import Tokenizer
 from tiny import language
 
 
 def step(game, args):
     """One step: play -> score -> update, the equations at the top in order. Returns a Step."""
-    queries, answers, challenger, solver = play(game, args)  # N texts, N lists of G texts, ids
-    reward, quality = score(game, queries, answers, args)  # R, R_Q [N, G]
-    a_sol, a_ch = advantages(reward, quality, PAY[args.pay], args.advantage)  # [N, G], [N]
+    rows, answers, challenger, solver = play(game, args)  # N conversations, N lists of G texts
+    queries = [row.query for row in rows]
+    reward, quality = score(game, rows, answers)  # R, R_Q [N, G]
+    weighted = args.quality * quality
+    paid = pay_of(game, args, queries, reward, weighted)  # [N]: -V + V_Q
+    a_sol, a_ch = advantages(reward + weighted, paid, args.advantage)  # [N, G], [N]
     losses = {"solver": gradients(game, solver, a_sol, args.kl, args)}
     if challenger:  # grpo has none
         losses["challenger"] = gradients(game, challenger, a_ch, args.kl_challenger, args,
@@ -64,18 +70,16 @@ def step(game, args):
                 a_sol, a_ch if challenger else None, losses, norm)
 
 
-def advantages(reward, quality, pay, normalise="centre"):
-    """(A_Sol [N, G], A_Ch [N]) from R and R_Q [N, G]. LSP section 2.
+def advantages(solver, challenger, normalise="centre"):
+    """(A_Sol [N, G], A_Ch [N]), of what both players are paid. LSP section 2.
 
-    Example without R_Q: R = [[1, 0, 0, 1], [0, 0, 0, 0]] gives V = [.5, 0], A_Ch = [-.25, +.25]:
-    the query that nobody answers rightly wins.
+    solver [N, G]: R + R_Q, centred over each group. challenger [N]: -V + V_Q, centred over the
+    batch. Example without R_Q: R = [[1, 0, 0, 1], [0, 0, 0, 0]] gives V = [.5, 0] and A_Ch =
+    [-.25, +.25]: the query that nobody answers rightly wins.
 
-    pay: a function of PAY. Both players' sums are formed first and then centred: A_Sol over each
-    group, A_Ch over the batch. normalise "std": also divide by the deviation, as GRPO does. Where
-    all answers are wrong, the judge's small noise is then the whole signal.
+    normalise "std": also divide by the deviation, as GRPO does. Where all answers are wrong, the
+    judge's small noise is then the whole signal.
     """
-    solver = reward + quality  # R + R_Q [N, G]
-    challenger = pay(reward.mean(1)) + quality.mean(1)  # -V + V_Q [N]
     a_sol = solver - solver.mean(1, keepdim=True)
     a_ch = challenger - challenger.mean()
     if normalise == "std":
@@ -109,14 +113,19 @@ def player_loss(lp, ref, owner, advantage, count, weight, beta, kl_form="k3"):
             "kl": (count * kl)[here].detach().sum()}
 
 
-# What the Challenger is paid for a query, by its value V(q) [N]. With rewards of 0 and 1, p = V is
-# the share of right answers. All but LSP's pay least at 0 and at 1: nothing is learnt there.
+# What the Challenger is paid for each query [N]: a function of the query texts, R [N, G] and R_Q
+# [N, G], weighted by --quality. With rewards of 0 and 1, p = V is the share of right answers. Only
+# LSP's pays for quality. All others pay least at p = 0 and p = 1: nothing is learnt there.
 PAY = {
-    "minimax": lambda p: -p,  # LSP, 2509.07414: as hard as possible
-    "r-zero": lambda p: 1 - 2 * (p - 0.5).abs(),  # R-Zero, 2508.05004, without its penalty
-    "absolute-zero": lambda p: torch.where((p == 0) | (p == 1), 0.0, 1 - p),  # 2505.03335
-    "sqlm": lambda p: ((p > 0) & (p < 1)).float(),  # SQLM, 2508.03682
-    "spice": lambda p: torch.exp(-((p * (1 - p) - 0.25) ** 2) / (2 * 0.01)),  # SPICE, 2510.24684
+    "minimax": lambda queries, R, R_Q: -R.mean(1) + R_Q.mean(1),  # LSP, 2509.07414: -V + V_Q
+    # R-Zero, 2508.05004, without its penalty for repetition
+    "r-zero": lambda queries, R, R_Q: 1 - 2 * (R.mean(1) - 0.5).abs(),
+    # Absolute Zero, 2505.03335
+    "absolute-zero": lambda queries, R, R_Q: (1 - R.mean(1)) * (R.mean(1) > 0),
+    "sqlm": lambda queries, R, R_Q: ((R.mean(1) > 0) & (R.mean(1) < 1)).float(),  # SQLM, 2508.03682
+    # SPICE, 2510.24684
+    "spice": lambda queries, R, R_Q: torch.exp(
+        -((R.mean(1) * (1 - R.mean(1)) - 0.25) ** 2) / (2 * 0.01)),
 }
 
 # The loss is a mean over M completions. Each is multiplied by this weight, a function of the
@@ -132,6 +141,9 @@ KL = {
     # exp(d) - d - 1: never negative. Its mean over pi's samples is KL(pi, pi_Ref); its gradient
     # there is that of KL(pi_Ref, pi), which pulls pi towards pi_Ref, too.
     "k3": lambda d: d.expm1() - d,
+    # d^2 / 2: the other way round. Its gradient over pi's samples is that of KL(pi, pi_Ref), the
+    # paper's term; its value is that KL only where pi is close to pi_Ref.
+    "k2": lambda d: d * d / 2,
     "literal": lambda d: -d,  # as LSP prints it: on-policy, its expected gradient is 0
 }
 
@@ -151,7 +163,7 @@ class Step(NamedTuple):
     challenger: Player  # None in grpo
     solver: Player
     reward: torch.Tensor  # R [N, G]
-    quality: torch.Tensor  # R_Q [N, G], weighted by --quality; None without a judge
+    quality: torch.Tensor  # R_Q [N, G], 0 to 1, not yet weighted; None without a judge
     a_sol: torch.Tensor  # [N, G]
     a_ch: torch.Tensor  # [N]; None in grpo
     losses: dict  # {"solver": {"loss", "policy", "kl"}, "challenger": ..}
@@ -167,8 +179,9 @@ class Game(NamedTuple):
     generator: torch.Generator  # all sampling
     rng: random.Random  # which instructions of the data
     prompt: list  # the Challenger's, ids; None in grpo
-    ask: Callable  # () -> a conversation from the data, in grpo
+    ask: Callable  # () -> a Row of the data, in grpo
     referee: Callable  # (queries, answers) -> R
+    pay: Callable  # (queries, R, R_Q) -> what the Challenger is paid
     judge: Callable  # (queries, answers) -> R_Q; None in lsp-zero and grpo
     start: int  # fingerprint of the starting model and the data
     crew: machine.Crew  # the processes that play together; mostly one alone
@@ -196,29 +209,30 @@ def challenger_prompt(tokenizer, task=None, template=None):
 
 
 def play(game, args):
-    """Both players' moves: (queries, answers, challenger or None, solver).
+    """Both players' moves: (rows, answers, challenger or None, solver).
 
-    In grpo the queries are the last messages of conversations from the data. Of several processes,
-    each plays its share of the N queries; all of them get what all played.
+    rows: N Rows; the query is a conversation's last message. Of several processes, each plays its
+    share of the N queries; all of them get what all played.
     """
     model, tokenizer, crew = game.model, game.tokenizer, game.crew
     limits = args.query_tokens, args.answer_tokens
     with machine.resident(model):
         if game.prompt is None:
             challenger = None
-            conversations = crew.share([game.ask() for _ in range(args.queries)])
-            queries = [messages[-1]["content"] for messages in conversations]
+            rows = crew.share([game.ask() for _ in range(args.queries)])
         else:
             out = generate(model, [game.prompt], args.queries // crew.size, limits[0],
                            args.temperature, game.generator)
             challenger = as_player([game.prompt], out)
-            queries = [tokenizer.decode(ids) for ids in out.ids]
             # A query is plain text of a user turn: nothing in it can become a special token.
-            conversations = [[{"role": "user", "content": query}] for query in queries]
-        prompts = [tokenizer.chat(messages) for messages in conversations]
+            rows = [data.Row([{"role": "user", "content": tokenizer.decode(ids)}])
+                    for ids in out.ids]
+        # A sampled text may have more tokens when it is encoded again: what is too long is cut.
+        room = model.config.context - args.answer_tokens
+        prompts = [tokenizer.chat(row.messages, room=room) for row in rows]
         out = generate(model, prompts, args.answers, limits[1], args.temperature, game.generator)
     answers = groups([tokenizer.decode(ids) for ids in out.ids], args.answers)
-    return crew.merged((queries, answers, challenger, as_player(prompts, out)))
+    return crew.merged((rows, answers, challenger, as_player(prompts, out)))
 
 
 def as_player(prompts, rollout):
@@ -227,17 +241,29 @@ def as_player(prompts, rollout):
     return Player(prompts, completions, rollout.finished, torch.cat(rollout.logprobs).cpu())
 
 
-def score(game, queries, answers, args):
-    """(R, R_Q) [N, G] of a step's texts. R_Q is weighted by --quality, and 0 without a judge.
+def score(game, rows, answers):
+    """(R, R_Q) [N, G] of a step's texts. R_Q is 0 without a judge.
 
     Of several processes each scores its share.
     """
-    queries, answers = game.crew.share(queries), game.crew.share(answers)
-    reward = judged(game.referee, queries, answers)
+    rows, answers = game.crew.share(rows), game.crew.share(answers)
+    queries = [row.query for row in rows]
+    reward = judged(game.referee, queries, answers, data.columns(rows))
     quality = torch.zeros_like(reward)
     if game.judge:
-        quality = judged(game.judge, queries, answers) * args.quality
+        quality = judged(game.judge, queries, answers)
     return game.crew.merged((reward, quality))
+
+
+def pay_of(game, args, queries, reward, quality):
+    """What the Challenger is paid for its N queries, [N]. quality: weighted. Raises UserError."""
+    inside = bool(((reward >= 0) & (reward <= 1)).all())
+    if args.pay in PAY and args.pay != "minimax" and not inside:
+        raise console.UserError(f"--pay {args.pay} is for rewards between 0 and 1, and --reward "
+                                f"{args.reward} gave {reward.min():.3g} to {reward.max():.3g}: "
+                                "bring them there, or take --pay minimax")
+    paid = game.pay([*queries], reward.clone(), quality.clone())
+    return numbers(paid, [len(queries)], f"the pay {args.pay}")
 
 
 def gradients(game, player, advantage, beta, args, alpha=1.0):
@@ -314,8 +340,10 @@ SETTINGS = [
      "with a real model: what the Challenger writes an input for; without it: its own judgement"),
     ("--template", str, None, None,
      "with a real model: a form with placeholders that the Challenger fills in"),
-    ("--pay", tuple(PAY), "minimax", "minimax",
-     "what the Challenger is paid for a query, by the query's value V"),
+    runs.SKIP_BAD_ROWS,
+    ("--pay", str, "minimax", "minimax",
+     f"what the Challenger is paid for a query: {', '.join(PAY)}, or file.py:function of (query "
+     "texts, R, R_Q)"),
     ("--steps", COUNT, 500, 1500, "optimizer steps, one batch of games each"),
     ("--queries", COUNT, 32, 8, "N, queries a step"),
     ("--answers", COUNT, 16, 8, "G, answers to each query; equal ones are computed once"),
@@ -328,7 +356,8 @@ SETTINGS = [
      "linearly towards 0"),
     ("--alpha-ch", ZERO_TOO, 0.005, 0.1,
      "alpha_Ch, weight of the Challenger's loss; with more it asks what nobody can answer"),
-    ("--quality", ZERO_TOO, 1.0, 1.0, "weight of the quality self-reward R_Q, in lsp"),
+    ("--quality", ZERO_TOO, 1.0, 7.0,
+     "weight of the quality self-reward R_Q, in lsp; R_Q is 0 to 1, so 7 counts points"),
     ("--judge", ("expected", "written"), "expected", "expected",
      "how R_Q is read: the expected grade of one forward pass, or (with a real model) a written "
      "verdict, as in the paper"),
@@ -336,7 +365,8 @@ SETTINGS = [
     ("--kl-challenger", ZERO_TOO, 0.1, 0.05,
      "beta_Ch, the same for the Challenger; the paper has one beta for both"),
     ("--kl-form", tuple(KL), "k3", "k3",
-     "literal: as printed in the paper; its mean gradient is 0"),
+     "k2: its gradient is that of the paper's KL; k3: of the reversed KL; literal: as printed in "
+     "the paper, its mean gradient is 0"),
     ("--advantage", ("centre", "std"), "centre", "centre", "std: also divide by the deviation"),
     ("--aggregate", tuple(AGGREGATE), "sum", "token",
      "how a text's tokens are weighted: sum (LSP), mean over its own (GRPO), or over all (DAPO)"),
@@ -381,6 +411,7 @@ def refuse(args, real):
              "--task and --template are for models that do not speak the embedded language: this "
              "one has its own Challenger's prompt"),
             (grpo and args.pay != "minimax", "--pay is the Challenger's, and --game grpo has none"),
+            (args.skip_bad_rows and not args.data, "--skip-bad-rows is about --data: name one"),
             (args.data and not grpo,
              "--data is for --game grpo: in the other games the Challenger writes the queries"),
             (args.reward == "math" and not args.data,
@@ -395,28 +426,46 @@ def refuse(args, real):
 def set_up(args, device, crew=machine.Crew()):
     """The Game of these settings: models loaded, referee and judge ready. Raises UserError."""
     dtype, alone = machine.DTYPES[args.dtype], crew.size == 1
-    if alone:
-        machine.check_memory(plan(args), device, args.dry_run)
-    # Data and referee first: what is wrong with them shows before a large model is loaded.
-    data = files.read_data(args.data) if args.data else None
-    referee = load_referee(args.reward, device, data, dtype)
-    # Several processes share the weights out, and each begins with all of them on the CPU.
-    model, tokenizer = load(args.model, *((device, dtype) if alone else ("cpu", torch.float32)))
+    machine.check_memory(plan(args, crew), device, args.dry_run, crew.size)
+    runs.check_disk(args, read_config(args.model)[1], optimizer_floats=2, models=1)
+    # Data, referee and pay first: what is wrong with them shows before a large model is loaded.
+    rows = data.read_data(args.data, args.skip_bad_rows) if args.data else None
+    referee = load_referee(args.reward, device, rows, dtype, date=args.date,
+                           micro_batch=args.micro_batch)
+    console.asked_for(referee, data.columns(rows or [data.Row([])]))  # is all at hand?
+    pay = PAY.get(args.pay) or console.users_function(
+        args.pay, "--pay", "pay", f"{', '.join(PAY)} or file.py:function")
+    # Several processes share the weights out, and each begins with all of them on the CPU. There
+    # the reference is loaded anew, so that each process holds one whole copy at a time.
+    where = (device, dtype) if alone else ("cpu", torch.float32)
+    model, tokenizer = load(args.model, *where, args.date)
     model.recompute = args.low_memory
-    reference = copy.deepcopy(model).requires_grad_(False)
-    start = learning.fingerprint(model, data)
-    if not alone:
+    start = learning.fingerprint(model, rows)
+    if alone:
+        reference = copy.deepcopy(model).requires_grad_(False)
+    else:
         machine.shard(model, device, dtype)
+        reference = load(args.model, *where, args.date)[0].requires_grad_(False)
         machine.shard(reference, device, dtype)
-    elif args.low_memory and device.startswith("cuda"):
+    if alone and args.low_memory and device.startswith("cuda"):
         for frozen in [reference] + ([referee.model] if names_model(args.reward) else []):
             machine.offload(frozen)
     judge = prompt = None
-    if args.game == "lsp":
-        kind = QualityReward if args.judge == "expected" else WrittenQuality
-        judge = kind(reference, tokenizer)
+    if args.game == "lsp" and args.judge == "expected":
+        judge = QualityReward(reference, tokenizer, args.micro_batch)
+    elif args.game == "lsp":
+        judge = WrittenQuality(reference, tokenizer)
     if args.game != "grpo":
         prompt = challenger_prompt(tokenizer, args.task, args.template)
+    reads = [(tokenizer.chat, model.config.context)]
+    if names_model(args.reward):
+        reads.append((lambda asked: referee.ids(asked, ""), referee.model.config.context))
+    if rows:
+        played = data.measured(rows, reads, args.answer_tokens, f"--data {args.data}, line",
+                               args.skip_bad_rows)
+        rows = [row for row, _ in played]
+    elif prompt:
+        data.check_longest(args, prompt, reads, judge)
     optimizer = learning.optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0,
                                        fused=True)
     # No two processes may play the same games, and all must draw the same instructions.
@@ -424,23 +473,23 @@ def set_up(args, device, crew=machine.Crew()):
     generator, rng = torch.Generator(device).manual_seed(own), random.Random(args.seed)
 
     def ask():
-        return rng.choice(data)[0] if data else [{"role": "user", "content": language.draw(rng)}]
-    return Game(model, reference, tokenizer, optimizer, generator, rng, prompt, ask, referee, judge,
-                start, crew)
+        if rows:
+            return rng.choice(rows)
+        return data.Row([{"role": "user", "content": language.draw(rng)}])
+    return Game(model, reference, tokenizer, optimizer, generator, rng, prompt, ask, referee, pay,
+                judge, start, crew)
 
 
-def plan(args):
-    """The memory_plan of these settings, before any weights are loaded."""
+def plan(args, crew=machine.Crew()):
+    """The memory_plan of these settings, for each process, before any weights are loaded."""
     config, own = read_config(args.model)
-    frozen = [own]  # the reference
-    if names_model(args.reward):
-        frozen.append(read_config(args.reward)[1])
+    asked = read_config(args.reward)[1] if names_model(args.reward) else 0
     offloaded = args.low_memory and args.device.startswith("cuda")
     return machine.memory_plan(config, machine.DTYPES[args.dtype], own, optimizer_floats=2,
                                rows=args.queries * args.answers,
                                positions=args.query_tokens + args.answer_tokens + 64,
-                               tokens=args.micro_batch, recompute=args.low_memory, frozen=frozen,
-                               offloaded=offloaded)
+                               tokens=args.micro_batch, recompute=args.low_memory,
+                               frozen=[own, asked], offloaded=offloaded, processes=crew.size)
 
 
 def dry_run(game, args):
@@ -470,7 +519,7 @@ def train(game, run, args):
             learning.set_rate(game.optimizer, args.lr * min(rise, fall))
             played = step(game, args)
 
-            valid = game.referee.valid(played.queries) if hasattr(game.referee, "valid") else None
+            valid = record.which_valid(game.referee, played.queries)
             games = record.game_records(played, valid)
             games = json.dumps({"step": number, "games": games}) + "\n"
             if not math.isfinite(played.norm):
@@ -482,10 +531,11 @@ def train(game, run, args):
             run.metrics.write(json.dumps(row) + "\n")
             run.games.write(games)
             done, recent = number, [*recent, row][-record.WINDOW:]
-            for sentence in record.watch(recent, said):
+            for sentence in record.watch(recent, said, args.game):
                 bar.write(sentence)
                 if not crew.rank:
-                    (run.folder / "warnings.txt").write_text("\n".join(said.values()) + "\n")
+                    (run.folder / "warnings.txt").write_text(
+                        "\n".join(said.values()) + "\n", encoding="utf-8")
             shown = ("reward", "quality", "malformed", "valid", "kl_solver")
             bar.set_postfix_str("  ".join(f"{key} {row[key]:.2f}" for key in shown if key in row))
             if number % args.show_every == 0 or number == 1:
@@ -503,7 +553,7 @@ def not_finite(run, number, norm, games):
     """Keep the games of a step whose gradient was not finite, and raise UserError."""
     path = run.folder / "not-finite.json"
     if not run.crew.rank:
-        path.write_text(games)
+        path.write_text(games, encoding="utf-8")
     raise console.UserError(f"step {number}: the gradient's norm is {norm}; the step was not "
                             f"taken, its games are in {path}; try a smaller --lr in a new run")
 
@@ -529,7 +579,7 @@ def main(argv=None):
         raise console.UserError(f"{crew.size} processes play together without --dry-run, and share "
                                 "--queries out evenly")
     if crew.rank:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the first process speaks for all
     heading = f"{args.game} on {args.model}: {read_config(args.model)[1]:,} parameters, "
     if args.dry_run:
         print(f"{heading}{args.dtype}")

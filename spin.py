@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import ROOM, Llama, groups, load, logprobs, pack, read_config, sample_all, save
-from support import console, files, learning, machine, record, report, runs
+from model import ROOM, Llama, groups, load, logprobs, pack, read_config, sample_parts, save
+from support import console, data, learning, machine, record, report, runs
 from support.text import Tokenizer
 from tiny import language
 
@@ -65,21 +65,31 @@ def spin_loss(lp, ref, lam, form="logistic"):
     return LOSS[form](spin_margin(lp, ref, lam))
 
 
-def opponent_plays(game, args, t, last, before):
+def opponent_plays(game, args, it, keep=lambda it: False):
     """Iteration t, first half: the opponent p_t answers. Returns the Iteration to train on.
 
     The player still is p_t. All that p_t is needed for is computed here, before the player moves.
-    last: the Pairs of the iteration before. before: updates that were made so far.
+    it: the iteration, with no rivals yet, or only some. keep(it): asked after each batch, with what
+    there is; if it says True, the run is to stop, and `it` comes back unfinished: its ref is None.
     """
-    chosen = chosen_data(game.data, args.pairs, t)
-    prompts = [game.prompts[i] for i in chosen]
-    rivals, ref = [[]] * len(chosen), None
-    if args.game == "spin":
-        rivals = opponent_answers(game.player, prompts, args.answer_tokens, game.generator)
-    new = [Pair(prompt, game.answers[i], y) for prompt, i, y in zip(prompts, chosen, rivals)]
-    if args.game == "spin":
-        ref = all_logprobs(game.player, last + new, args.micro_batch)  # [M, 2]
-    return Iteration(t, before, game.rng.getstate(), chosen, last + new, ref)
+    missing = [i for i, pair in enumerate(it.pairs) if not pair.rival]
+    prompts = [it.pairs[i].prompt for i in missing]
+    with console.progress("the opponent answers", len(missing)) as bar:
+        for part, rivals in opponent_answers(game.player, prompts, args.answer_tokens,
+                                             game.generator):
+            for i, rival in zip(part, rivals):
+                it.pairs[missing[i]] = it.pairs[missing[i]]._replace(rival=rival)
+            bar.update(len(part))
+            if keep(it):
+                return it
+    ref = []
+    with console.progress("their log p_t", len(it.pairs)) as bar:
+        for part in groups(it.pairs, PART):
+            ref.append(all_logprobs(game.player, part, args.micro_batch))
+            bar.update(len(part))
+            if keep(it):
+                return it
+    return it._replace(ref=torch.cat(ref))  # [M, 2]
 
 
 def player_trains(game, args, it, optimizer, skip=0):
@@ -150,9 +160,10 @@ class Game(NamedTuple):
     """What a run is played with: `set_up` makes it from the settings."""
     player: Llama
     tokenizer: Tokenizer
-    data: list  # [(messages, people's answer)], shuffled
+    data: list  # Rows, shuffled
     prompts: list  # the same, as ids
     answers: list
+    cut: int  # how many of people's answers are cut at the limit
     generator: torch.Generator  # the opponent's answers
     rng: random.Random  # the order of the pairs
     start: int  # fingerprint of the starting model and the data
@@ -183,48 +194,38 @@ def of_iteration(values, t):
 
 
 def language_data(count):
-    """[(messages, answer)]: the first instructions of the embedded default's own fine-tuning set.
+    """Rows: the first instructions of the embedded default's own fine-tuning set.
 
     The set's own answers are careless in part (language.CARELESS). These are all right, as careful
     people would have answered.
     """
     conversations = language.fine_tuning_set(2 * count)  # some 70 % of them are the Solver's
     solver = [messages for part, messages, _ in conversations if part == "solver"]
-    return [(messages, language.solve(messages[0]["content"])) for messages in solver[:count]]
+    return [data.Row(messages, language.solve(messages[0]["content"]), i)
+            for i, messages in enumerate(solver[:count], 1)]
 
 
-def encode(tokenizer, data, end_ids, limit):
-    """(prompts, answers) as lists of ids.
+def encode(tokenizer, rows, end_ids, limit):
+    """(people's answers as lists of ids, how many were cut).
 
     An answer's ids are those that the template writes after the prompt, so they begin and end as
     the opponent's would. An answer over `limit` tokens is cut and has no end token, as the
-    opponent's. A few templates write another prompt before an answer than for generating one; there
-    the text is encoded by itself.
+    opponent's: it must not teach to end there.
     """
-    end, prompts, answers = tokenizer.end_of_turn(end_ids), [], []
-    for messages, text in data:
-        prompt = tokenizer.chat(messages)
-        whole = tokenizer.chat([*messages, {"role": "assistant", "content": text}],
-                               add_generation_prompt=False)
-        if whole[:len(prompt)] == prompt:
-            reply = whole[len(prompt):]
-        else:
-            reply = [*tokenizer.encode(text), end]
-        ends = [i + 1 for i, token in enumerate(reply) if token in end_ids]
-        prompts.append(prompt)
-        answers.append(reply[:ends[0] if ends else len(reply)][:limit])
-    return prompts, answers
+    whole = [tokenizer.reply(row.messages, row.answer, end_ids) for row in rows]
+    return [ids[:limit] for ids in whole], sum(len(ids) > limit for ids in whole)
 
 
 # --------------------------------------------------------------------------------------------------
 # What the opponent is asked for
 
 def opponent_answers(opponent, prompts, limit, generator):
-    """y' ~ p_t(. | x) at temperature 1: a list of ids for each prompt.
+    """y' ~ p_t(. | x) at temperature 1. Yields (which prompts, a list of ids for each).
 
     An answer of `limit` tokens is cut and has no end token.
     """
-    return [ids for ids, in sample_all(opponent, prompts, 1, limit, 1.0, generator)]
+    for part, found in sample_parts(opponent, prompts, 1, limit, 1.0, generator):
+        yield part, [ids for ids, in found]
 
 
 def pair_logprobs(model, pairs, micro_batch):
@@ -242,18 +243,23 @@ def pair_logprobs(model, pairs, micro_batch):
         yield here, total.view(-1, 2)[here]
 
 
+PART = 1024  # so many pairs at a time are laid out
+
+
 @torch.no_grad()
 def all_logprobs(model, pairs, micro_batch):
     """log p(y|x) and log p(y'|x) of all pairs, [M, 2]. Of p_t: once an iteration, and kept."""
     out = torch.zeros(len(pairs), 2, device=model.embed.weight.device)
-    for start in range(0, len(pairs), 1024):  # so many at a time are laid out
-        for here, lp in pair_logprobs(model, pairs[start:start + 1024], micro_batch):
-            out[start + here] = lp
+    for here, lp in pair_logprobs(model, pairs, micro_batch):
+        out[here] = lp
     return out
 
 
 def rmsprop(player):
-    """The paper's optimizer, a new one for each iteration; no weight decay."""
+    """The paper's optimizer, a new one for each iteration; no weight decay.
+
+    Of a bfloat16 player it goes on with the float32 weights of the iteration before.
+    """
     return learning.optimizer_for(player, torch.optim.RMSprop)
 
 
@@ -272,6 +278,7 @@ SETTINGS = [
     ("--data", str, None, None,
      'JSONL with "prompt" or "question", and "answer", or a chat\'s "messages"; without it: the '
      "embedded default's fine-tuning set, answered right"),
+    runs.SKIP_BAD_ROWS,
     ("--iterations", COUNT, 4, 4, "how often the player becomes the opponent"),
     ("--pairs", COUNT, 5000, 50000,
      "new pairs an iteration; where the data ends, it begins again"),
@@ -302,6 +309,8 @@ def parse_args(argv=None):
     if real and not args.data:
         raise console.UserError(f"{args.model} does not speak the embedded language: name --data "
                                 "to learn from")
+    if args.skip_bad_rows and not args.data:
+        raise console.UserError("--skip-bad-rows is about --data: name one")
     for name in ("lam", "lr"):
         given = getattr(args, name)
         if len(given) > args.iterations and given != getattr(default, name):
@@ -319,25 +328,42 @@ def parse_args(argv=None):
 def set_up(args):
     """The Game of these settings: model loaded, data encoded, nothing played. Raises UserError."""
     machine.check_device(args.device)
-    data = files.read_data(args.data) if args.data else language_data(args.pairs * args.iterations)
-    rng = random.Random(args.seed)
-    rng.shuffle(data)
+    if args.data:
+        rows = data.read_data(args.data, args.skip_bad_rows)
+    else:
+        rows = language_data(args.pairs * args.iterations)
     (config, count), dtype = read_config(args.model), machine.DTYPES[args.dtype]
     plan = machine.memory_plan(config, dtype, count, optimizer_floats=1, rows=1, positions=ROOM,
                                tokens=args.micro_batch, recompute=args.low_memory)
     machine.check_memory(plan, args.device)
-    player, tokenizer = load(args.model, args.device, dtype)
+    runs.check_disk(args, count, optimizer_floats=1, models=args.iterations + 1)
+    player, tokenizer = load(args.model, args.device, dtype, args.date)
     player.recompute = args.low_memory
-    prompts, answers = encode(tokenizer, data, player.end_ids, args.answer_tokens)
+    rows = data.measured(rows, [(tokenizer.chat, config.context)], args.answer_tokens,
+                         f"--data {args.data}, line", args.skip_bad_rows)
+    rng = random.Random(args.seed)
+    rng.shuffle(rows)
+    rows, prompts = zip(*rows)
+    answers, cut = encode(tokenizer, rows, player.end_ids, args.answer_tokens)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    return Game(player, tokenizer, data, prompts, answers, generator, rng,
-                learning.fingerprint(player, data))
+    return Game(player, tokenizer, rows, prompts, answers, cut, generator, rng,
+                learning.fingerprint(player, rows))
+
+
+def new_iteration(game, args, t, last, before):
+    """Iteration t before the opponent's answers. last: the Pairs of the iteration before.
+
+    before: updates that were made so far.
+    """
+    chosen = chosen_data(game.data, args.pairs, t)
+    new = [Pair(game.prompts[i], game.answers[i], []) for i in chosen]
+    return Iteration(t, before, game.rng.getstate(), chosen, last + new, None)
 
 
 def checkpoint(run, game, it, optimizer, update, rates):
     """Write down where a run stands after so many updates of an iteration.
 
-    That includes what p_t said, and the scores so far.
+    That includes what p_t said, be it all or some of it, and the scores so far.
     """
     facts = {"iteration": it.number, "done": it.before,  # "done": by earlier iterations
              "update": update, "rng": it.rng_state, "rates": list(rates)}
@@ -360,7 +386,7 @@ def go_on(run, game, args, optimizer):
     t, before = run.facts["iteration"], run.facts["done"]
     chosen = chosen_data(game.data, args.pairs, t)
     both = (chosen_data(game.data, args.pairs, t - 1) if t else []) + chosen
-    rivals = tensors["rivals"].split(tensors["lengths"].tolist())
+    rivals = tensors["rivals"].split(tensors["lengths"].tolist())  # of length 0: not yet answered
     pairs = [Pair(game.prompts[i], game.answers[i], y.tolist()) for i, y in zip(both, rivals)]
     ref = tensors["ref"].to(args.device) if "ref" in tensors else None
     rates = {name: {key: tensors[f"rate.{name}.{key}"] for key in ("sampled", "greedy")}
@@ -428,15 +454,33 @@ def show_pair(game, args, it):
         if pair.answer != pair.rival:
             lp = all_logprobs(game.player, [pair], args.micro_batch)  # [1, 2]
             margin = spin_margin(lp, it.ref[i][None], of_iteration(args.lam, it.number)).item()
-            prompt = game.data[it.chosen[i - len(it.pairs)]][0][-1]["content"]
+            prompt = game.data[it.chosen[i - len(it.pairs)]].query
             print(record.pair_text(prompt, pair, lp[0], it.ref[i], margin, game.tokenizer.decode))
             return
+
+
+def opponents_turn(run, game, args, it, optimizer, rates, stop):
+    """`opponent_plays`, with a checkpoint every ten minutes, and one where `stop` was asked.
+
+    Returns the Iteration, unfinished where it was stopped.
+    """
+    def keep(it):
+        if stop or run.late():
+            checkpoint(run, game, it, optimizer, 0, rates)
+        return bool(stop)
+    it = opponent_plays(game, args, it, keep)
+    if it.ref is None:
+        own = own_pairs(it)
+        print(f"stopped in iteration {it.number}, while the opponent answered: "
+              f"{sum(bool(pair.rival) for pair in own):,} of {len(own):,} answers are kept; "
+              f"python spin.py --resume {run.folder} goes on")
+    return it
 
 
 def begin(run, game, args, it, optimizer, rates):
     """Keep what the opponent answered: in games.jsonl, and in a first checkpoint."""
     if args.game == "spin":
-        prompts = [game.data[i][0][-1]["content"] for i in it.chosen]
+        prompts = [game.data[i].query for i in it.chosen]
         games = record.pair_records(it.number, prompts, own_pairs(it), game.tokenizer.decode)
         run.games.write(json.dumps({"step": it.before, "games": games}) + "\n")
     checkpoint(run, game, it, optimizer, 0, rates)
@@ -451,6 +495,13 @@ def announce(run, game, args):
     count = sum(p.numel() for p in game.player.parameters())
     print(f"{args.game} on {args.model}: {count:,} parameters, {len(game.data):,} answers "
           f"{source}, seed {args.seed}, {place}")
+    if game.cut:
+        print(f"{game.cut:,} of {len(game.data):,} of people's answers are longer than "
+              f"--answer-tokens {args.answer_tokens}: they are cut there, as the opponent's are, "
+              "and teach no end")
+    if game.tokenizer.opens_thought:
+        print("the chat template opens a thought (<think>) in each answer: people's answers go on "
+              "from there, and those without a thought close it first")
     if args.game == "spin":
         first = LOSS[args.loss](torch.zeros(())).item()
         name = "log 2 = " if args.loss == "logistic" else ""
@@ -478,7 +529,12 @@ def main(argv=None):
                 if run.tensors:  # in the middle of this iteration; go_on empties run.tensors
                     it, update, rates = go_on(run, game, args, optimizer)
                 else:
-                    it = opponent_plays(game, args, t, last, made)
+                    it = new_iteration(game, args, t, last, made)
+                if it.ref is None and not update:  # else the opponent is through already
+                    if args.game == "spin":
+                        it = opponents_turn(run, game, args, it, optimizer, rates, stop)
+                        if it.ref is None:
+                            break
                     begin(run, game, args, it, optimizer, rates)
                 last = own_pairs(it)
                 print(f"\niteration {t}: {len(it.pairs):,} pairs, {len(last):,} of them new; "

@@ -125,7 +125,7 @@ def finished(folder):
         return False
     settings = _read_json(folder / "settings.json")
     if "steps" in settings:
-        steps = len((folder / "metrics.jsonl").read_text().splitlines())
+        steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         return steps == settings["steps"]
     return len(runs.iterates(folder)) == settings["iterations"]
 
@@ -304,7 +304,7 @@ def in_percent(x):
 
 
 def _read_json(path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _scores(folder):
@@ -601,7 +601,7 @@ def open_folder(name, commands):
     if path.is_file() and _read_json(path) != settings:
         raise console.UserError(
             f"{out} holds runs of other settings or another start: choose another --out")
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return out
 
 
@@ -619,7 +619,7 @@ def write_up(r, out):
     lines = [f"- **{claim}: {said}.** {figures}." if said else f"- **{claim}** {figures}."
              for claim, said, figures in claims(r)]
     text = "\n".join([table(r), "", *lines, ""])
-    (out / "claims.md").write_text(text)
+    (out / "claims.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nthe same in {out / 'claims.md'}, as a picture in {out / 'claims.png'}")
 
 

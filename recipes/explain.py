@@ -87,14 +87,17 @@ def selfplay_lesson(flags):
     for _ in range(5):
         check(selfplay.step(game, args).norm)
     print("(after five steps, unseen: else policy and reference would be the same, and every KL 0)")
-    queries, answers, challenger, solver = selfplay.play(game, args)
-    reward, quality = selfplay.score(game, queries, answers, args)
-    a_sol, a_ch = selfplay.advantages(reward, quality, selfplay.PAY[args.pay], args.advantage)
+    rows, answers, challenger, solver = selfplay.play(game, args)
+    queries = [row.query for row in rows]
+    reward, quality = selfplay.score(game, rows, answers)
+    quality *= args.quality
+    paid = selfplay.pay_of(game, args, queries, reward, quality)
+    a_sol, a_ch = selfplay.advantages(reward + quality, paid, args.advantage)
     learners = [learner(game, args, "solver", solver, a_sol, args.kl, 1.0)]
     if challenger:  # grpo has none
         learners.append(learner(game, args, "challenger", challenger, a_ch, args.kl_challenger,
                                 args.alpha_ch))
-    show_play(game, args, queries, answers, reward, quality, *learners)
+    show_play(game, args, queries, answers, reward, quality, paid, *learners)
     heading("UPDATE: of each player the text with the most to learn from, token by token",
             "selfplay.player_loss")
     for one in learners:
@@ -112,7 +115,7 @@ def learner(game, args, name, player, advantage, beta, alpha):
     return Learner(name, player, advantage, beta, alpha, weight, lp, ref, kl)
 
 
-def show_play(game, args, queries, answers, reward, quality, solver, challenger=None):
+def show_play(game, args, queries, answers, reward, quality, paid, solver, challenger=None):
     """Print every query with its answers, and what they are worth to each Learner."""
     heading("PLAY: one model, two players, told apart by the prompt alone", "selfplay.play")
     if challenger:
@@ -127,8 +130,9 @@ def show_play(game, args, queries, answers, reward, quality, solver, challenger=
         value, v_q = reward[i].mean(), quality[i].mean()
         print(f"      V = mean R = {value:.4f}, mean R_Q = {v_q:.4f}", end="")
         if challenger:
-            paid, lp = selfplay.PAY[args.pay](value[None]).item() + v_q, challenger.lp[i].sum()
-            print(f"; the Challenger gets {args.pay}(V) + V_Q = {paid:+.4f}")
+            what = "-V + V_Q" if args.pay == "minimax" else f"--pay {args.pay}"
+            lp = challenger.lp[i].sum()
+            print(f"; the Challenger gets {what} = {paid[i]:+.4f}")
             print(f"      A_Ch = {challenger.advantage[i]:+.5f} (selfplay.advantages)")
             print(f"      log pi(q) = {lp:.3f} (model.logprobs)   "
                   f"KL sum = {challenger.kl[i].sum():.2e} (selfplay.KL)", end="")
@@ -198,7 +202,7 @@ def spin_lesson(flags):
         raise console.UserError("the lesson is of --game spin in --dtype float32: leave both out")
     args.iterations = 1
     game = spin.set_up(args)
-    it = spin.opponent_plays(game, args, 0, [], 0)
+    it = spin.opponent_plays(game, args, spin.new_iteration(game, args, 0, [], 0))
     half, different = len(it.pairs) // 2, [pair.answer != pair.rival for pair in it.pairs]
     if not any(different[half:]):
         raise console.UserError("the opponent answers as people do, so no pair of this lesson "
@@ -211,7 +215,7 @@ def spin_lesson(flags):
     print(f"(first trained on {half} other pairs, unseen: else the player were its opponent, "
           "and the margin 0)")
     heading("THE PAIR: the opponent answered too", "spin.opponent_plays")
-    print(f"  {shown(game.data[it.chosen[i]][0][-1]['content'], 96)}")
+    print(f"  {shown(game.data[it.chosen[i]].query, 96)}")
     print(f"  {different.count(False)} of {len(different)} such pairs have two equal answers, "
           "and teach nothing")
     show_pair_tokens(game, pair, opponent, token_logprobs(game.player, *texts))

@@ -41,7 +41,7 @@ def new_axes(title, columns=1):
 
 def scores_of(run):
     """{player: {"sampled": [share, low, high], "greedy": ..}} of a run, in percent."""
-    names = json.loads((run / "evaluation.json").read_text())["scores"]
+    names = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["scores"]
     return {name: {key: [100 * x for x in kinds["all"][key]] for key in ("sampled", "greedy")}
             for name, kinds in names.items()}
 

@@ -85,7 +85,7 @@ def _escape(phrase):
 
 
 def _write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def accuracy_log(model, tokenizer, data):
     It is measured on 1,000 held-out queries and on 1,000 that the model is trained on.
     """
     seen = [messages[0]["content"] for part, messages, _ in data if part == "solver"][:1000]
-    sets = {"held out": language.evaluation_set(1000, seed=7), "trained on": seen}
+    sets = {"held out": language.evaluation_set(1000, drawing=3), "trained on": seen}
 
     def log(step, loss, seconds):
         row = {"step": f"{step}", "minutes": f"{seconds / 60:.3f}", "loss": f"{loss:.3f}"}

@@ -3,6 +3,7 @@ import argparse
 import errno
 import functools
 import importlib.util
+import inspect
 import os
 import signal
 import sys
@@ -10,7 +11,10 @@ import threading
 import time
 import traceback
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+
+from tqdm import tqdm
 
 REWARD_SECONDS = 600.0  # a user's reward function is given up after this long, for one step
 
@@ -22,6 +26,18 @@ class UserError(Exception):
 def one_line(error):
     """An error's message on one line, cut at 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def progress(what, total, unit="answer"):
+    """A bar for what takes longer than two seconds, in a terminal. It is gone at the end."""
+    return tqdm(total=total, desc=what, unit=unit, delay=2, leave=False, disable=None,
+                dynamic_ncols=True)
+
+
+def note(text):
+    """Tell the user something that is no error, on stderr. Of several processes the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -94,7 +110,8 @@ def parse(table, argv, command, description, real=False, **defaults):
         switch; a list with one function, for a flag that takes several values.
     argv: list of words, None for the process's own.
     real: take the column of real models. defaults: other defaults for single flags.
-    The namespace also has `command`, which is written into a run's settings.
+    The namespace also has `command` and `date`, which are written into a run's settings. A chat
+    template may write today's date: a run keeps that of its beginning.
     """
     parser = argparse.ArgumentParser(prog=command, description=description, allow_abbrev=False)
     group = parser
@@ -105,7 +122,8 @@ def parse(table, argv, command, description, real=False, **defaults):
         flag, kind, tiny, other, words = row
         group.add_argument(flag, default=other if real else tiny,
                            help=words + _defaults(tiny, other), **_how_to_parse(kind))
-    parser.set_defaults(command=command, **defaults)
+    today = datetime.now().isoformat(timespec="seconds")
+    parser.set_defaults(command=command, date=today, **defaults)
     return parser.parse_args(argv)
 
 
@@ -189,21 +207,61 @@ def load_function(path, name, flag):
     return getattr(module, name)
 
 
-def guarded(function):
-    """A user's reward function whose exceptions, and whose taking too long, become a UserError."""
+def users_function(spec, flag, what, expected):
+    """The function that "file.py:function" names, guarded. The other words are for the errors.
+
+    Raises UserError.
+    """
+    path, _, name = spec.rpartition(":")
+    if not path and Path(spec).is_file():
+        raise UserError(f"{flag} {spec}: which function of it? Write {spec}:function")
+    if not path or not Path(path).is_file():
+        raise UserError(f"{flag} {spec}: expected {expected}, and no file or folder "
+                                f"{(path or spec)!r} is here")
+    return guarded(load_function(path, name, f"{flag} {spec}"), what)
+
+
+def guarded(function, what="reward"):
+    """A user's function whose exceptions, and whose taking too long, become a UserError.
+
+    what: its part in the game, for the errors. A method `valid` of it is kept, and guarded, too.
+    """
     name = getattr(function, "__name__", type(function).__name__)
 
     @functools.wraps(function)
-    def reward(queries, answers):
-        late = f"the reward {name} took longer than {REWARD_SECONDS:g} seconds for one step"
+    def call(*args, **columns):
+        late = f"the {what} {name} took longer than {REWARD_SECONDS:g} seconds for one step"
         try:
             with time_limit(REWARD_SECONDS, late):
-                return function(queries, answers)
+                return function(*args, **columns)
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # whatever the user's code may raise
-            raise UserError(f"the reward {name} failed: {_where(error)}") from error
-    return reward
+            raise UserError(f"the {what} {name} failed: {_where(error)}") from error
+    if hasattr(function, "valid"):
+        call.valid = guarded(function.valid, f"{what} {name}'s")
+    return call
+
+
+def asked_for(function, columns, given=2):
+    """Those of the columns {name: values} that a function takes by name. **others takes all.
+
+    given: how many arguments it gets by their place. Raises UserError where it needs another one.
+    """
+    try:
+        wanted = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some built-in functions do not tell
+        return {}
+    named = [p for i, p in enumerate(wanted) if p.kind is p.KEYWORD_ONLY
+             or p.kind is p.POSITIONAL_OR_KEYWORD and i >= given]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in columns]
+    if missing:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise UserError(f"the reward {name} asks for {missing[0]!r}, which is not at hand here; "
+                        f"there is: {', '.join(columns) or 'nothing'}")
+    if any(p.kind is p.VAR_KEYWORD for p in wanted):
+        return columns
+    return {p.name: columns[p.name] for p in named if p.name in columns}
 
 
 def _where(error):

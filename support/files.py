@@ -1,4 +1,4 @@
-"""Files: folders in Hugging Face layout and the hub, and the data that people bring."""
+"""Model folders in Hugging Face layout, and the hub."""
 import json
 import os
 import re
@@ -13,7 +13,7 @@ from support.console import UserError, one_line
 
 MAX_FILE = 2**28  # bytes of a JSON file: far above any real one
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                   "generation_config.json", "special_tokens_map.json")
+                   "generation_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def read_json(path):
@@ -22,7 +22,7 @@ def read_json(path):
     try:
         if path.stat().st_size > MAX_FILE:
             raise ValueError("the file is too large")
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark does no harm
         if not isinstance(value, dict):
             raise ValueError("an object was expected")
         return value
@@ -165,6 +165,16 @@ def stack(folder, tensors, names, shapes):
     return weights
 
 
+def has_own_head(tensors):
+    """Do a folder's tensors hold an output matrix that differs from the embedding?
+
+    If so, transformers uses it, whatever config.json says of the two being tied.
+    """
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    return head is not None and embedding is not None and not (
+        head.shape == embedding.shape and torch.equal(head, embedding.to(head.dtype)))
+
+
 def end_ids(folder, raw, tokenizer, vocabulary):
     """The ids that end an answer: those of generation_config.json, config.json or the tokenizer.
 
@@ -175,20 +185,22 @@ def end_ids(folder, raw, tokenizer, vocabulary):
     settings = read_json(path) if path.is_file() else {}
     ends = settings.get("eos_token_id", raw.get("eos_token_id"))
     if ends is None:
-        ends = tokenizer.special.get(tokenizer.names["eos_token"])
+        ends = tokenizer.special.get(tokenizer.names.get("eos_token"))
     ends = ends if isinstance(ends, list) else [ends]
     if not all(e is None or type(e) is int and 0 <= e < vocabulary for e in ends):
         raise UserError(f"{folder}: eos_token_id in generation_config.json is not an id of the "
                         "vocabulary, or several")
-    known = tokenizer.text.get_vocab_size()
-    if known > vocabulary:
-        raise UserError(f"{folder}: the tokenizer knows {known} ids, the model {vocabulary}")
+    if tokenizer.size > vocabulary:
+        raise UserError(f"{folder}: the tokenizer's largest id is {tokenizer.size - 1}, the model "
+                        f"has {vocabulary} ids, from 0 on")
     return {e for e in ends if e is not None}
 
 
-def write_folder(folder, raw, tensors, copy_from):
+def write_folder(folder, raw, tensors, copy_from, end_ids=None):
     """Write a model's folder: config.json, tensors, and the tokenizer's files of another folder.
 
+    end_ids: all ids that end an answer. generation_config.json gets them where the other folder's
+    files name different ones: transformers and vLLM then stop where we do.
     The weights come last and by renaming, so a model.safetensors that is there is whole.
     Raises UserError where it cannot be written.
     """
@@ -196,10 +208,15 @@ def write_folder(folder, raw, tensors, copy_from):
     new = folder / "model.safetensors.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        _write_json(folder / "config.json", raw)
         for name in TOKENIZER_FILES:
             if (copy_from / name).is_file() and copy_from.resolve() != folder.resolve():
                 shutil.copyfile(copy_from / name, folder / name)
+        path = folder / "generation_config.json"
+        settings = read_json(path) if path.is_file() else {}
+        named = settings.get("eos_token_id", raw.get("eos_token_id"))
+        if end_ids and set(named if isinstance(named, list) else [named]) != end_ids:
+            _write_json(path, settings | {"eos_token_id": sorted(end_ids)})
         save_file(tensors, new, metadata={"format": "pt"})
         new.replace(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -208,84 +225,5 @@ def write_folder(folder, raw, tensors, copy_from):
         raise UserError(f"{folder} cannot be written ({one_line(error)})") from None
 
 
-# --------------------------------------------------------------------------------------------------
-# Data that people bring
-
-def read_data(path):
-    """[(messages, answer)] of a JSONL file. Raises UserError with the number of the first bad line.
-
-    A line holds "prompt" (or "question") and "answer", or a chat's "messages". Of a chat the first
-    turn is used, as in SPIN's paper, with the system message before it if there is one.
-    """
-    try:
-        # splitlines() would also cut at U+2028, inside a text.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path}: not readable as text ({error})") from None
-    pairs = [read_line(line, f"--data {path}, line {i}")
-             for i, line in enumerate(lines, 1) if line.strip()]
-    if len(pairs) < 2:
-        raise UserError(f"--data {path}: {len(pairs)} line{'s' * (len(pairs) != 1)} of data; at "
-                        "least 2 are needed, each an object on its own line")
-    return pairs
-
-
-def read_line(line, where):
-    """(messages, answer) of one line of a JSONL file. where: for errors. Raises UserError."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: not JSON; one object a line is expected") from None
-    if not isinstance(row, dict):
-        row = {}
-    prompt = "prompt" if "prompt" in row else "question"
-    if "messages" in row:
-        messages = row["messages"]
-    elif prompt in row and "answer" in row:
-        messages = [{"role": "user", "content": row[prompt]},
-                    {"role": "assistant", "content": row["answer"]}]
-    else:
-        raise UserError(f'{where}: expected an object with "prompt" and "answer", '
-                        'or with "messages"')
-    if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        raise UserError(f"{where}: every message needs a text")
-    if not all(is_text(m["content"]) for m in messages):
-        raise UserError(f"{where}: half of a surrogate pair, which is no text")
-    roles = [m.get("role") for m in messages]
-    turn = 3 if roles[:1] == ["system"] else 2
-    if roles[:turn] != ["system", "user", "assistant"][-turn:]:
-        raise UserError(f"{where}: the first turn must be a user's message and the assistant's "
-                        "answer")
-    *prompt, answer = messages[:turn]
-    if not prompt[-1]["content"].strip() or not answer["content"].strip():
-        raise UserError(f"{where}: an empty prompt or answer")
-    return [{"role": m["role"], "content": m["content"]} for m in prompt], answer["content"]
-
-
-def read_instructions(path):
-    """[{"instruction", "dataset"}] of a JSON list in AlpacaEval's format. Raises UserError."""
-    where = f"--instructions {path}"
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not readable as JSON ({type(error).__name__})") from None
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f'{where}: expected a list of objects with "instruction" and "dataset"')
-    for i, row in enumerate(rows):
-        instruction = row.get("instruction") if isinstance(row, dict) else None
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise UserError(f'{where}: entry {i} has no "instruction"')
-        if not is_text(instruction):
-            raise UserError(f"{where}: entry {i}: half of a surrogate pair, which is no text")
-    return [{"instruction": row["instruction"], "dataset": str(row.get("dataset", "all"))}
-            for row in rows]
-
-
-def is_text(string):
-    """Can it be encoded? JSON can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        string.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from support.console import UserError, one_line
 from support.machine import Crew, gathered, shared_as, whole
 
-CLIP = 1.0  # the largest norm of a step's gradient
+# The largest norm of a step's gradient. On the embedded default nearly every step is above it, so
+# it works as a normaliser: each step has the same size before AdamW (docs/claims.md has a table).
+CLIP = 1.0
 
 
 def optimizer_for(model, kind, **settings):
@@ -19,12 +21,15 @@ def optimizer_for(model, kind, **settings):
 
     A bfloat16 model computes in bfloat16 and learns in float32. Every weight has a float32 master.
     The gradients of all micro-batches are summed in the master, and each step copies the masters
-    back. Without masters, a small step would be rounded away.
+    back. Without masters, a small step would be rounded away. They stay with the model: a second
+    optimizer goes on with the same masters, and loses nothing of what the first one learnt.
     """
     weights = list(model.parameters())
     if weights[0].dtype == torch.float32:
         return kind(weights, **settings)
-    masters = [w.detach().float().requires_grad_() for w in weights]
+    if not hasattr(model, "masters"):
+        model.masters = [w.detach().float().requires_grad_() for w in weights]
+    masters = model.masters
 
     def gather_into(master):
         def hook(weight):
@@ -178,11 +183,12 @@ def checksum(tensors, text=""):
     return check
 
 
-def fingerprint(model, data=None):
+def fingerprint(model, rows=None):
     """A number that changes when a model's weights change, or the data.
 
     It is the CRC-32 of the beginning of each weight, the same in any dtype, and of all data.
+    rows: data.Rows, of which conversation and answer count.
     """
     beginnings = {name: p.detach().flatten()[:256].cpu().bfloat16()
                   for name, p in model.named_parameters()}
-    return checksum(beginnings, repr(data))
+    return checksum(beginnings, repr(rows and [(row.messages, row.answer) for row in rows]))

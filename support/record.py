@@ -7,51 +7,62 @@ from collections import Counter
 import torch
 
 from support import report
+from support.console import UserError
+from support.learning import CLIP
 
 WINDOW = 20  # steps whose mean decides whether a warning is given
 
-# How a run looks that goes wrong: figure -> (is its mean bad?, what to say).
+# How a run looks that goes wrong: figure -> (is its mean bad?, what is wrong, what to try). What to
+# try is one text, or one for each game: no advice names a flag that its game refuses.
 WATCH = {
-    "distinct": (lambda x: x < 0.5,
-                 "the queries repeat: try a larger --kl-challenger or a smaller --alpha-ch"),
-    "valid": (lambda x: x < 0.5,
-              "most queries are no tasks any more: try --game lsp, a larger --quality or "
-              "--kl-challenger, or a smaller --alpha-ch"),
+    "distinct": (lambda x: x < 0.5, "the queries repeat", {
+        "lsp": "a larger --kl-challenger or a smaller --alpha-ch",
+        "lsp-zero": "a larger --kl-challenger or a smaller --alpha-ch",
+        "grpo": "more --data"}),
+    "valid": (lambda x: x < 0.5, "most queries are no tasks any more", {
+        "lsp": "a larger --quality or --kl-challenger, or a smaller --alpha-ch",
+        "lsp-zero": "--game lsp, a larger --kl-challenger, or a smaller --alpha-ch",
+        "grpo": "other --data"}),
     "spread": (lambda x: x < 0.1,
-               "in hardly any group do the rewards differ, so they teach the Solver nothing: try a "
-               "smaller --alpha-ch, or --pay r-zero"),
-    "kl_solver": (lambda x: x > 1.0,
-                  "the Solver runs away from its start: try a smaller --lr or a larger --kl"),
-    "kl_challenger": (lambda x: x > 1.0,
-                      "the Challenger runs away from its start: try a smaller --alpha-ch or a "
-                      "larger --kl-challenger"),
+               "in hardly any group do the rewards differ, so they teach the Solver nothing", {
+                   "lsp": "a smaller --alpha-ch, or --pay r-zero",
+                   "lsp-zero": "a smaller --alpha-ch, or --pay r-zero",
+                   "grpo": "easier or harder --data, or more --answers"}),
+    "kl_solver": (lambda x: x > 1.0, "the Solver runs away from its start",
+                  "a smaller --lr or a larger --kl"),
+    "kl_challenger": (lambda x: x > 1.0, "the Challenger runs away from its start",
+                      "a smaller --alpha-ch or a larger --kl-challenger"),
     "agreement": (lambda x: x < 0.4,
-                  "of a right and a wrong answer the judge prefers the wrong one: try a smaller "
-                  "--quality, or --game lsp-zero"),
-    "answer_cut": (lambda x: x > 0.5,
-                   "most answers are cut at the limit: try a larger --answer-tokens"),
-    "query_cut": (lambda x: x > 0.5,
-                  "most queries are cut at the limit: try a larger --query-tokens or a larger "
-                  "--kl-challenger"),
-    "malformed": (lambda x: x > 0.5,
-                  "most verdicts of the judge have no score: try --judge expected"),
+                  "of a right and a wrong answer the judge prefers the wrong one",
+                  "a smaller --quality, or --game lsp-zero"),
+    "answer_cut": (lambda x: x > 0.5, "most answers are cut at the limit",
+                   "a larger --answer-tokens"),
+    "query_cut": (lambda x: x > 0.5, "most queries are cut at the limit",
+                  "a larger --query-tokens or a larger --kl-challenger"),
+    "malformed": (lambda x: x > 0.5, "most verdicts of the judge have no score",
+                  "--judge expected"),
 }
 
 
-def watch(rows, said):
+def watch(rows, said, game):
     """New warnings, a list of sentences: what went wrong in the last WINDOW rows of metrics.jsonl.
 
-    said: {figure: sentence} that were given before. The new ones are added to it.
+    said: {figure: sentence} that were given before. The new ones are added to it. game: its name.
+    A figure that half of the rows lack, or more, says too little, and is left alone.
     """
     found = []
-    for key, (bad, sentence) in WATCH.items():
+    for key, (bad, problem, advice) in WATCH.items():
         values = [row[key] for row in rows if key in row]
-        if len(rows) < WINDOW or not values or key in said:
+        if len(rows) < WINDOW or len(values) <= WINDOW // 2 or key in said:
             continue
         mean = sum(values) / len(values)
         if bad(mean):
-            said[key] = (f"step {rows[-1]['step']}: {sentence} "
-                         f"({key} is {mean:.2f} over the last {WINDOW} steps)")
+            advice = advice if isinstance(advice, str) else advice[game]
+            of = f"the last {WINDOW} steps"
+            if len(values) < WINDOW:
+                of = f"{len(values)} of {of}"
+            said[key] = (f"step {rows[-1]['step']}: {problem}: try {advice} ({key} is {mean:.2f} "
+                         f"over {of})")
             found.append(said[key])
     return found
 
@@ -85,6 +96,19 @@ def agreement(reward, quality):
     return prefers[pair].mean().item() if pair.any() else None
 
 
+def which_valid(referee, queries):
+    """Which queries have a right answer, [N] of bool; None where the referee cannot tell.
+
+    Raises UserError for another number of them.
+    """
+    if not hasattr(referee, "valid"):
+        return None
+    found = referee.valid([*queries])
+    if not isinstance(found, (list, tuple, torch.Tensor)) or len(found) != len(queries):
+        raise UserError("the reward's `valid` must return one truth value a query")
+    return [bool(x) for x in found]
+
+
 def measure(step, valid):
     """A step's figures: one line of metrics.jsonl, without the step's number.
 
@@ -103,6 +127,7 @@ def measure(step, valid):
         "spread": (reward.std(1, correction=0) > 0).float().mean().item(),
         "tokens": sum(token_count(player) for player in players.values() if player),
         "gradient_norm": step.norm,
+        "clipped": float(step.norm > CLIP),  # was the gradient scaled down?
     }
     for name, text in (("solver", "answer"), ("challenger", "query")):
         player = players[name]

@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +28,9 @@ MAY_CHANGE = ("torch", "save_every", "reward_timeout")  # settings that a resume
 MODEL = ("--model", str, "tiny", "tiny",
          "folder in Hugging Face layout, a run's folder, or a hub name (org/name, or "
          "org/name@revision)")
+SKIP_BAD_ROWS = ("--skip-bad-rows", bool, False, False,
+                 "leave out, and name, rows of --data that are empty, too long or refused by the "
+                 "chat template; without it the run is refused")
 ANSWER_TOKENS = ("--answer-tokens", positive(int), 32, 256, "longest answer")
 SETTINGS = [
     "the run",
@@ -96,6 +100,28 @@ def check_name(name):
                         f"{go_on if (folder / CHECKPOINT).is_file() else ''}; nothing was touched")
 
 
+def check_disk(args, parameters, optimizer_floats, models):
+    """Raise UserError if a run's folder would not fit on its disk. --dry-run: print what it needs.
+
+    A checkpoint is the float32 weights and the optimizer's numbers. Two are kept, and a third is
+    there while it is written. models: how many models the run leaves behind.
+    """
+    checkpoint = 4 * (1 + optimizer_floats) * parameters
+    need = 3 * checkpoint + models * DTYPES[args.dtype].itemsize * parameters
+    place, gib = Path(args.resume or "runs"), 2**30
+    there = [path.stat().st_size for path in place.glob("**/*.safetensors*")] if args.resume else []
+    place = next(folder for folder in (place, *place.parents, Path(".")) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if getattr(args, "dry_run", False):
+        print(f"    {'disk':<18}{need / gib:9.2f} GiB of {free / gib:.2f} GiB free: checkpoints of "
+              f"{checkpoint / gib:.2f} GiB, three while one is written, and {models} "
+              f"model{'s' * (models > 1)}; besides its games")
+    if need - sum(there) > free:
+        raise UserError(f"this run needs about {need / gib:.1f} GiB of disk, and "
+                        f"{free / gib:.1f} GiB are free: three checkpoints of "
+                        f"{checkpoint / gib:.1f} GiB and {models} model{'s' * (models > 1)}")
+
+
 # --------------------------------------------------------------------------------------------------
 # A run that is being played
 
@@ -116,7 +142,7 @@ class Run:
 
     def _log(self, name):
         if self.crew.rank:
-            return open(os.devnull, "w")
+            return open(os.devnull, "w", encoding="utf-8")
         return open_log(self.folder / f"{name}.jsonl", self.facts[name])
 
     def restore(self, model, optimizer, generator, rng):
@@ -132,8 +158,11 @@ class Run:
 
         One is due every --save-every steps, and ten minutes after the last.
         """
-        late = time.perf_counter() - self.saved > 600
-        return done % self.save_every == 0 or any(self.crew.all(late))
+        return done % self.save_every == 0 or any(self.crew.all(self.late()))
+
+    def late(self):
+        """Were ten minutes not written down yet?"""
+        return time.perf_counter() - self.saved > 600
 
     def checkpoint(self, optimizer, generator, facts, **tensors):
         """Write down where the run stands. facts: JSON. tensors: others that the game needs."""
@@ -199,21 +228,23 @@ def new_run(name, game, settings):
         if (other / CHECKPOINT).is_file() and _could_go_on(other, settings):
             print(f"{other} was stopped with these very settings: --resume {other} would go on "
                   "with it; this is a new run")
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "settings.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
 def _could_go_on(folder, settings):
     try:
         lock(folder).close()
-        return read_json(folder / "settings.json") == settings
+        other = read_json(folder / "settings.json")
+        return other | {"date": None} == settings | {"date": None}
     except UserError:  # not readable, or being played
         return False
 
 
 def lock(folder):
     """Make this the only process on a run's folder, while the returned file is open. UserError."""
-    file = open(folder / "settings.json")
+    file = open(folder / "settings.json", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -228,7 +259,7 @@ def open_log(path, size):
     """
     path.touch()
     os.truncate(path, min(size, path.stat().st_size))
-    return open(path, "a", 1)
+    return open(path, "a", 1, encoding="utf-8")
 
 
 @contextmanager

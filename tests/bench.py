@@ -150,7 +150,7 @@ def bench_spin():
     args = spin.parse_args(["--model", str(ROOT / "tiny"), "--device", "cpu", "--iterations", "1",
                             "--pairs", str(64 * (ROUNDS + 1))])
     game, ours, theirs = spin.set_up(args), [], []
-    it = spin.opponent_plays(game, args, 0, [], 0)
+    it = spin.opponent_plays(game, args, spin.new_iteration(game, args, 0, [], 0))
     updates = spin.player_trains(game, args, it, spin.rmsprop(game.player))
     next(updates)
 

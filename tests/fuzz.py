@@ -24,7 +24,7 @@ from safetensors import safe_open
 import model as llama
 import selfplay
 import spin
-from support import console, files, learning, report, runs, text
+from support import console, data, learning, report, runs, text
 
 SECONDS, MEMORY = 5, 4 * 2**30
 text.TEMPLATE_SECONDS = 1  # the usual limit is longer, and there are a hundred hostile templates
@@ -60,9 +60,9 @@ READERS = {
     "model.safetensors.index.json": weights,
     "tokenizer.json": chat,
     "tokenizer_config.json": chat,
-    "data.jsonl": lambda folder: files.read_data(folder / "data.jsonl"),
+    "data.jsonl": lambda folder: data.read_data(folder / "data.jsonl"),
     "instructions.json":
-        lambda folder: files.read_instructions(folder / "instructions.json"),
+        lambda folder: data.read_instructions(folder / "instructions.json"),
     "metrics.jsonl": lambda folder: report.read_metrics(folder),
     "games.jsonl": lambda folder: report.read_games(folder),
     "settings.json": lambda folder: selfplay.parse_args(["--resume", str(folder)]),

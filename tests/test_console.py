@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -102,8 +103,10 @@ TABLE = [
 
 
 def settings(*words, **more):
-    """The settings of a command line, as a dict."""
-    return vars(parse(TABLE, list(words), "play.py", "Plays.", **more))
+    """The settings of a command line, as a dict. All have today's date, which is left out here."""
+    found = vars(parse(TABLE, list(words), "play.py", "Plays.", **more))
+    assert abs(datetime.now() - datetime.fromisoformat(found.pop("date"))) < timedelta(minutes=1)
+    return found
 
 
 def test_a_table_gives_the_defaults_of_either_model():
@@ -281,16 +284,40 @@ def test_a_guarded_reward_is_the_users_own():
     def mine(queries, answers):
         """Says so."""
         return [[len(x) for x in group] for group in answers]
-    mine.valid = "kept"
     reward = console.guarded(mine)
     assert reward(["q"], [["a", "bb"]]) == [[1, 2]]
-    assert (reward.__name__, reward.__doc__, reward.valid) == ("mine", "Says so.", "kept")
+    assert (reward.__name__, reward.__doc__) == ("mine", "Says so.")
+    assert not hasattr(reward, "valid")
 
     class Mine:
         def __call__(self, queries, answers):
             return 1 / 0
+
+        def valid(self, queries):
+            return [len(queries[0]) > 1, 1 / (len(queries) - 2)]
     with pytest.raises(UserError, match="^the reward Mine failed: ZeroDivisionError"):
         console.guarded(Mine())(["q"], [["a"]])
+    # A method `valid` of an object is not lost on the way, and is guarded, too.
+    assert console.guarded(Mine()).valid(["q"]) == [False, -1]
+    with pytest.raises(UserError, match="reward Mine's valid failed: ZeroDivisionError"):
+        console.guarded(Mine()).valid(["q", "p"])
+
+
+def test_a_reward_gets_the_columns_that_it_asks_for():
+    columns = {"messages": [1], "answer": [2]}
+
+    class Mine:
+        def __call__(self, queries, answers, *, answer, size=3):
+            pass
+    for function, gets in (
+        (lambda q, a: 0, {}), (lambda q, a, answer: 0, {"answer": [2]}), (Mine(), {"answer": [2]}),
+        (lambda q, a, size=3: 0, {}), (lambda q, a, answer, **others: 0, columns),
+        (console.guarded(lambda q, a, messages: 0), {"messages": [1]}), (max, {}),
+    ):
+        assert console.asked_for(function, columns) == gets
+    with pytest.raises(UserError, match="asks for 'solution', which is not at hand here; there is: "
+                                        "messages, answer"):
+        console.asked_for(lambda q, a, solution: 0, columns)
 
 
 @pytest.mark.parametrize("body, says", [

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, command, copy_tokenizer
 
 import evaluate
 from evaluate import (
@@ -52,20 +52,52 @@ def test_summary_by_kind():
 
 
 def test_normal_interval_by_hand():
-    """Of 1, 2, 3 the deviation is 1, so the half width is 1.96 / sqrt(3)."""
-    half = 1.959964 / 3**0.5
-    assert normal(torch.tensor([1.0, 2.0, 3.0])) == pytest.approx([2, 2 - half, 2 + half])
-    assert normal(torch.tensor([1.0])) == [1.0, 0.5, 1.5]  # one value says little
+    """The interval is that of the values and of one more at each end: here of 1, 0, 0, 1.
+
+    Their mean is 1/2 and their variance is 1/3.
+    """
+    half = 1.959964 * (1 / 3 / 4) ** 0.5
+    assert normal(torch.tensor([1.0, 0.0])) == pytest.approx([0.5, max(0, 0.5 - half), 1])
+    # -1, 0, 1 and again -1, 1: the mean is 0 and the variance is 1.
+    half = 1.959964 / 5**0.5
+    assert normal(torch.tensor([-1.0, 0, 1]), -1.0) == pytest.approx([0, -half, half])
+
+
+@pytest.mark.parametrize("values, low, high", [
+    ([1.0] * 10, 0.6, 0.8), ([0.0] * 10, 0.0, 0.0), ([0.5] * 40, 0.35, 0.5), ([1.0], 0.0, 0.5)])
+def test_an_interval_is_never_a_point(values, low, high):
+    """Ten wins of ten, or forty ties, do not prove that it will always be so."""
+    mean, lower, upper = normal(torch.tensor(values))
+    assert mean == values[0] and 0 <= lower <= mean <= upper <= 1
+    assert low <= lower <= high and upper - lower > 0.05
+
+
+def test_gains_are_paired_by_instruction():
+    """Two models differ on one instruction of four: the gain is 1/4, and its interval is narrower
+    than what two separate intervals would allow.
+    """
+    theirs = {"sampled": torch.tensor([[1.0, 0], [0, 0], [1, 1], [0, 1]] * 25),
+              "greedy": torch.tensor([[1.0], [0], [1], [0]] * 25)}
+    ours = {"sampled": torch.tensor([[1.0, 0], [1, 1], [1, 1], [0, 1]] * 25),
+            "greedy": torch.tensor([[1.0], [0], [1], [1]] * 25)}
+    gain = evaluate.gains(ours, theirs)
+    assert {name: found[0] for name, found in gain.items()} == {
+        "greedy": 0.25, "sampled": 0.25, "pass@8": 0.25}
+    difference = torch.tensor([0.0, 0, 0, 1] * 25 + [-1, 1])
+    middle, half = difference.mean(), 1.959964 * difference.std() / 102**0.5
+    assert gain["greedy"][1:] == pytest.approx([(middle - half).item(), (middle + half).item()])
+    apart = wilson(0.75, 100)[0] - wilson(0.5, 100)[1]
+    assert gain["greedy"][1] > apart + 0.09
+    assert "sampled +25.0 [+" in evaluate.gain_line(gain)
 
 
 def test_duel_by_reward_and_both_conventions_for_ties():
-    rows = [{"instruction": str(i), "dataset": s} for i, s in enumerate("aabb")]
 
     def longer(queries, answers):
         return [[len(x) for x in group] for group in answers]
-    wins = duel(["xx", "x", "x", ""], ["x", "x", "x", "x"], rows, longer)
+    wins = duel(["xx", "x", "x", ""], ["x", "x", "x", "x"], list("abcd"), longer)
     assert wins.tolist() == [1, 0.5, 0.5, 0]
-    table = duel_table(wins, [r["dataset"] for r in rows])
+    table = duel_table(wins, list("aabb"))
     a, b, overall = [line.split() for line in table.splitlines()[1:4]]
     assert a[2] == "75.0" and b[2] == "25.0" and overall[2] == "50.0"
     assert overall[5] == "25.0" and overall[-1] == "50.0%"
@@ -135,6 +167,47 @@ def test_open_instructions_from_the_command_line(tmp_path, tiny):
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_duel_says_how_many_answers_were_cut(tmp_path):
+    """Else a limit that cuts every answer looks like two equal models. An input is asked, too."""
+    (tmp_path / "set.json").write_text(json.dumps([
+        {"instruction": "Reverse this word.", "input": "abc", "output": "cba"},
+        {"instruction": 'Take "kobani", repeat it.'}]))
+    (tmp_path / "mine.py").write_text(
+        "def seen(queries, answers):\n"
+        "    assert queries[0] == 'Reverse this word.\\n\\nabc'\n"
+        "    return [[1, 1] for _ in queries]\n")
+    start = str(ROOT / "tiny")
+    words = ["duel", start, "--against", start, "--instructions", "set.json", "--reward",
+             "mine.py:seen"]
+    done = command(evaluate, tmp_path, *words, "--answer-tokens", "1")
+    assert f"answers cut at --answer-tokens 1: 100.0 % of {start}" in done.stdout, done.stderr
+    assert "50.0 [50.0, 50.0]" not in done.stdout  # two ties prove little
+    rows = json.loads((tmp_path / "model_outputs.json").read_text())
+    assert rows[0]["input"] == "abc" and rows[0]["instruction"] == "Reverse this word."
+
+
+def test_instructions_that_do_not_fit_are_found_before_any_answer(tmp_path):
+    rows = [{"instruction": "Add 1 and 2."}, {"instruction": 600 * "x"}]
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    (tmp_path / "mine.py").write_text("def f(queries, answers):\n    return 0\n")
+    start = str(ROOT / "tiny")
+    done = command(evaluate, tmp_path, "duel", start, "--against", start, "--instructions",
+                   "set.json", "--reward", "mine.py:f", "--answer-tokens", "100")
+    assert done.returncode == 2 and not (tmp_path / "model_outputs.json").exists()
+    assert "--instructions set.json, entry 2: 604 tokens and up to 100 of an answer" in done.stderr
+
+
+def test_score_refuses_a_model_that_does_not_speak_the_language(tmp_path):
+    """It would be right in 0 % of the questions, which says nothing about it."""
+    copy_tokenizer(tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(file.read_text().replace(language.CHALLENGER_PROMPT, "Another."))
+    (tmp_path / "other" / "config.json").write_text("{}")
+    done = command(evaluate, tmp_path, "score", str(ROOT / "tiny"), "other")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "other does not speak the embedded language" in done.stderr
+
+
 def test_a_chat_model_judges_on_the_command_line(tmp_path):
     """Both sides are the same model and answer greedily, so the two orders always disagree."""
     (tmp_path / "set.json").write_text(json.dumps([{"instruction": "Add 1 and 2."}]))
@@ -176,6 +249,8 @@ def test_command_line(tmp_path):
     (["score", "START", "--wrong"], "unrecognized"),
     (["score", "START", "--picture", "x.png"], "unrecognized"),
     (["score", "START", "--seed", "-1"], "not zero or more"),
+    (["score", "START", "--held-out", "4"], "invalid choice: 4"),
+    (["score", "START", "--reward", "x"], "unrecognized"),
     (["score", "START", "--device", "abacus"], "no such device"),
     (["score", "START", "START", "--json", "x.json"], "of one MODEL"),
     (["score", "START", "--json", "no/x.json"], "in a folder that exists"),

@@ -116,7 +116,7 @@ def test_the_pair_is_trained_as_in_the_game(tmp_path):
     out = lesson(tmp_path, "spin", *TINY)
     args = spin.parse_args([*TINY, "--pairs", "128", "--iterations", "1", "--lam", "1"])
     game = spin.set_up(args)
-    it = spin.opponent_plays(game, args, 0, [], 0)
+    it = spin.opponent_plays(game, args, spin.new_iteration(game, args, 0, [], 0))
     i = next(i for i in range(64, 128) if it.pairs[i].answer != it.pairs[i].rival)
     margins = []
     for part in (slice(64), slice(64, None)):
@@ -125,7 +125,7 @@ def test_the_pair_is_trained_as_in_the_game(tmp_path):
         lp = spin.all_logprobs(game.player, [it.pairs[i]], args.micro_batch)
         margins.append(spin.spin_margin(lp, it.ref[i:i + 1], 1.0).item())
     assert numbers("^  margin N -> N ", out) == [pytest.approx(margins, abs=1e-3)]
-    assert game.data[it.chosen[i]][0][-1]["content"] in out
+    assert game.data[it.chosen[i]].query in out
 
 
 def test_the_margin_is_0_before_any_training(tmp_path):

@@ -1,5 +1,6 @@
 """Files: bad folders, hub names, and the data that people bring."""
 import json
+import locale
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from model import load, read_config
 from support import files
 from support.console import UserError
-from support.files import read_data, read_instructions
 
 # --------------------------------------------------------------------------------------------------
 # Model folders
@@ -129,9 +129,7 @@ def test_stacking_by_hand():
 
 def test_where_the_end_tokens_are_read_from(tmp_path):
     """generation_config.json comes first, then config.json, then the tokenizer's own."""
-    tokenizer = SimpleNamespace(
-        special={"</s>": 7}, names={"eos_token": "</s>"},
-        text=SimpleNamespace(get_vocab_size=lambda: 10))
+    tokenizer = SimpleNamespace(special={"</s>": 7}, names={"eos_token": "</s>"}, size=10)
 
     def read(generation, raw, vocabulary=10):
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
@@ -139,12 +137,12 @@ def test_where_the_end_tokens_are_read_from(tmp_path):
     assert read({"eos_token_id": [3, 4]}, {"eos_token_id": 5}) == {3, 4}
     assert read({}, {"eos_token_id": 5}) == {5}
     assert read({}, {}) == {7}
-    tokenizer.names["eos_token"] = ""
+    del tokenizer.names["eos_token"]
     assert read({}, {}) == set()
     for bad in (10, -1, "3", [3, 2.0], True):
         with pytest.raises(UserError, match="not an id of the vocabulary"):
             read({"eos_token_id": bad}, {})
-    with pytest.raises(UserError, match="the tokenizer knows 10 ids, the model 9"):
+    with pytest.raises(UserError, match="the tokenizer's largest id is 9, the model has 9 ids"):
         read({}, {"eos_token_id": 5}, 9)
 
 
@@ -152,10 +150,35 @@ def test_a_model_without_an_end_token_is_refused(folder):
     """Nothing would end its answers."""
     (folder / "generation_config.json").unlink()
     spoil_config(eos_token_id=None)(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load(folder)[0].end_ids == {3}  # the one that the template writes is known
+    settings["chat_template"] = settings["chat_template"].replace("<|end|>", "")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="no end token: give eos_token_id"):
         load(folder)
+
+
+def test_ids_may_have_gaps(folder):
+    """The largest id counts, not how many there are."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = 139  # 138 is no token now: there still are 139
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="largest id is 139, the model has 139 ids"):
+        load(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_json_is_read_as_utf_8(tmp_path, encoding):
+    """Whatever the machine's own encoding is, and with or without a byte order mark."""
+    (tmp_path / "a.json").write_bytes('{"é": 1}'.encode(encoding))
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C")  # ASCII
+        assert files.read_json(tmp_path / "a.json") == {"é": 1}
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 def test_weights_are_written_last(tmp_path, folder, monkeypatch):
@@ -228,86 +251,3 @@ def test_hub_offline_says_how_to_go_on(monkeypatch):
 def test_a_name_that_the_hub_does_not_allow_is_one_line():
     with pytest.raises(UserError, match="the hub does not allow such a name"):
         load("org/my--model")
-
-
-# --------------------------------------------------------------------------------------------------
-# Data that people bring
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def test_both_forms_of_data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    chat = [{"role": "system", "content": "s"}, user("u"), {"role": "assistant", "content": "a"},
-            user("later")]
-    lines = [json.dumps({"prompt": "p", "answer": "b"}), "", json.dumps({"messages": chat}),
-             json.dumps({"question": "p", "answer": "c"})]
-    path.write_text("\n".join(lines))
-    assert read_data(path) == [([user("p")], "b"), (chat[:2], "a"), ([user("p")], "c")]
-
-
-def test_a_line_may_hold_any_letter(tmp_path):
-    """Some programs take U+2028 as the end of a line. In JSONL it is not."""
-    path = tmp_path / "data.jsonl"
-    line = json.dumps({"prompt": "a\u2028b", "answer": "c\u0085"}, ensure_ascii=False) + "\n"
-    path.write_text(line * 2, encoding="utf-8")
-    assert read_data(path) == 2 * [([user("a\u2028b")], "c\u0085")]
-
-
-GOOD = '{"prompt": "p", "answer": "a"}'
-
-
-@pytest.mark.parametrize("second, says", [
-    ("not json", "line 2: not JSON"),
-    ("[1]", "line 2: expected an object"),
-    ('{"prompt": "p"}', 'line 2: expected an object with "prompt" and "answer"'),
-    ('{"prompt": "p", "answer": ""}', "line 2: an empty"),
-    ('{"prompt": "p", "answer": 3}', "line 2: every message needs a text"),
-    ('{"messages": []}', "line 2: the first turn"),
-    ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2: the first turn"),
-    ('{"messages": 5}', "line 2: every message"),
-    ("[" * 100000, "line 2: not JSON"),
-    ('{"prompt": "a\\ud800", "answer": "b"}', "line 2: half of a surrogate pair"),
-    ('{"prompt": "a", "answer": "b\\udfff"}', "line 2: half of a surrogate pair"),
-    ("", "1 line of data"),
-])
-def test_bad_data_is_one_line_with_its_number(tmp_path, second, says):
-    path = tmp_path / "data.jsonl"
-    path.write_text(GOOD + "\n" + second + "\n")
-    with pytest.raises(UserError, match=says) as error:
-        read_data(path)
-    assert "\n" not in str(error.value)
-
-
-def test_data_that_is_no_text_is_one_line(tmp_path):
-    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe")
-    for name in ("data.jsonl", "missing.jsonl"):
-        with pytest.raises(UserError, match=f"{name}: not readable as text") as error:
-            read_data(tmp_path / name)
-        assert "\n" not in str(error.value)
-
-
-def test_instructions_in_alpaca_evals_format(tmp_path):
-    path = tmp_path / "set.json"
-    path.write_text(json.dumps([{"instruction": "Add.", "dataset": "sums", "output": "3"},
-                                {"instruction": "Say."}]))
-    assert read_instructions(path) == [{"instruction": "Add.", "dataset": "sums"},
-                                       {"instruction": "Say.", "dataset": "all"}]
-
-
-@pytest.mark.parametrize("text, says", [
-    ("{", "not readable as JSON .JSONDecodeError"),
-    ("[" * 100000, "not readable as JSON .RecursionError"),
-    ("[]", 'expected a list of objects with "instruction" and "dataset"'),
-    ('{"instruction": "a"}', "expected a list"),
-    ('[{"instruction": "a"}, 3]', 'entry 1 has no "instruction"'),
-    ('[{"instruction": "a"}, {"instruction": 3}]', 'entry 1 has no "instruction"'),
-    ('[{"instruction": " "}]', 'entry 0 has no "instruction"'),
-    ('[{"instruction": "a\\ud800"}]', "entry 0: half of a surrogate pair"),
-])
-def test_bad_instructions_are_one_line(tmp_path, text, says):
-    (tmp_path / "set.json").write_text(text)
-    with pytest.raises(UserError, match=says) as error:
-        read_instructions(tmp_path / "set.json")
-    assert "\n" not in str(error.value)

@@ -49,7 +49,31 @@ def circle(graph):
     return sorted(left)
 
 
+def without_an_encoding(source):
+    """The lines of a source that read or write text without saying that it is UTF-8."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            modes = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant)]
+            binary = any("b" in str(mode) for mode in modes)
+            given = {keyword.arg for keyword in node.keywords}
+            method = isinstance(node.func, ast.Attribute) and name == "open"  # webbrowser.open, ..
+            if name in ("read_text", "write_text", "open") and not (
+                    "encoding" in given or binary or method):
+                found.append(node.lineno)
+    return found
+
+
 GRAPH = {name_of(path): imports_of(path.read_text()) for path in FILES}
+
+
+def test_every_file_is_read_and_written_as_utf_8():
+    """Not in the encoding of somebody's locale: there, a template's letters would be others."""
+    wrong = {name_of(path): without_an_encoding(path.read_text()) for path in FILES}
+    assert {name: lines for name, lines in wrong.items() if lines} == {}
+    assert without_an_encoding("p.read_text()\nopen(p)\nopen(p, 'rb')\np.write_text('a')\n"
+                               "open(p, encoding='utf-8')") == [1, 2, 4]
 
 
 def test_imports_only_point_downward():

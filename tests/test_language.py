@@ -47,6 +47,14 @@ def test_malformed_has_no_answer(query):
     assert L.grade(query, "x") <= 1
 
 
+def test_drawings_are_disjoint():
+    """What a setting was chosen by is never what it is scored on."""
+    drawings = [L.evaluation_set(1000, k) for k in range(L.DRAWINGS)]
+    assert len({query for drawing in drawings for query in drawing}) == 1000 * L.DRAWINGS
+    assert [L.drawing_of(drawing[7]) for drawing in drawings] == list(range(L.DRAWINGS))
+    assert L.evaluation_set(10, 1) == drawings[1][:10]
+
+
 def test_drawn_instructions_are_well_formed_and_apart_from_the_held_out():
     rng = random.Random(0)
     drawn = [L.draw(rng) for _ in range(2000)]

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from support import learning
 from support.console import UserError
+from support.data import Row
 from support.learning import (
     fingerprint,
     load_state,
@@ -43,6 +44,19 @@ def test_bfloat16_learns_in_float32(small):
     for p, old in zip(model.parameters(), before):
         assert torch.allclose(p.float(), old.float() - 50e-4, rtol=0.02, atol=1e-3)
         assert not torch.equal(p, old)
+
+
+def test_a_second_optimizer_goes_on_with_the_float32_weights_of_the_first(small):
+    """SPIN makes a new optimizer for each iteration. The steps were too small for bfloat16."""
+    model = small.bfloat16()
+    before = weights_of(optimizer_for(model, torch.optim.SGD, lr=1.0))[0].detach().clone()
+    for _ in range(4):
+        optimizer = optimizer_for(model, torch.optim.SGD, lr=1.0)
+        for p in weights_of(optimizer):
+            p.grad = torch.full_like(p, 1e-5)
+        optimizer.step()
+    after = weights_of(optimizer_for(model, torch.optim.SGD, lr=1.0))[0]
+    assert torch.allclose(after, before - 4e-5, rtol=0, atol=2e-7)
 
 
 def test_a_float32_model_is_its_own_master(small):
@@ -285,9 +299,10 @@ def test_a_checksum_tells_names_values_and_text():
 
 
 def test_a_fingerprint_tells_weights_and_data(small):
-    before = fingerprint(small), fingerprint(small, [("a", "b")])
+    before = fingerprint(small), fingerprint(small, [Row(["a"], "b", 1)])
     assert len({*before}) == 2
-    assert fingerprint(small, [("a", "c")]) not in before
+    assert fingerprint(small, [Row(["a"], "c", 1)]) not in before
+    assert fingerprint(small, [Row(["a"], "b", 7)]) == before[1]  # the same row, elsewhere
     assert fingerprint(copy.deepcopy(small).bfloat16()) == before[0]  # the same in any dtype
     with torch.no_grad():
         small.norm[0] += 1

@@ -190,6 +190,30 @@ def test_memory_plan_by_hand(small, monkeypatch):
     machine.check_memory(plan, "cpu")
 
 
+def test_the_plan_of_several_processes_by_hand(small, monkeypatch):
+    """Each holds its share of the float32 weights, gradients and optimizer, and one whole model."""
+    P = 8000
+    plan = machine.memory_plan(small.config, torch.bfloat16, P, 2, 8, 20, 512, frozen=[P, 300],
+                               processes=4)
+    assert [plan[use] for use in ("weights", "float32 masters", "gradients", "optimizer")] == [
+        2 * P, P, P, 2 * P]
+    assert plan["frozen models"] == P + 2 * 300  # the reference's share; the reward model is whole
+    alone = machine.memory_plan(small.config, torch.bfloat16, P, 2, 8, 20, 512)
+    assert plan["cache"] == alone["cache"] // 4
+    # On the CPU, the plans of all must fit.
+    most = machine.most_memory(plan)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 3.9 * most)
+    machine.check_memory(plan, "cpu", processes=3)
+    with pytest.raises(UserError, match="this needs about"):
+        machine.check_memory(plan, "cpu", processes=4)
+    # On GPUs, each first holds the model whole in CPU memory: six bytes a weight.
+    free = {"cuda:0": 10 * most, "cpu": 6 * 4 * P - 1}
+    monkeypatch.setattr(machine, "free_memory", free.get)
+    with pytest.raises(UserError, match="4 processes first load the model whole"):
+        machine.check_memory(plan, "cuda:0", processes=4)
+    machine.check_memory(plan, "cuda:0", processes=1)
+
+
 def test_activations_of_the_plan_are_those_that_pytorch_keeps(small):
     """What a forward pass of 4 x 32 tokens keeps for the backward pass, within a tenth."""
     kept, weights = {}, {p.data_ptr() for p in small.parameters()}

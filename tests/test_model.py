@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SHARED, copy_tokenizer, random_llama, small_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as llama
@@ -53,12 +53,12 @@ def test_parity_with_transformers(tmp_path, transformers, changes):
     peer.save_pretrained(tmp_path / "peer")
     copy_tokenizer(tmp_path / "peer")
     with pytest.MonkeyPatch.context() as patch:  # it has 50 ids, fewer than the borrowed tokenizer
-        patch.setattr(text.TextTokenizer, "get_vocab_size", lambda self: 50)
+        patch.setattr(text.Tokenizer, "size", 50)
         ours, _ = load(tmp_path / "peer")
     ids = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (ours.logits(ids) - peer(ids).logits).abs().max() < 1e-4
-        out = generate(ours, PROMPTS, max_new_tokens=12, temperature=0)
+        out = generate(ours, PROMPTS, max_new_tokens=12, temperature=0, end_ids={2})
         for prompt, row in zip(PROMPTS, out.ids):
             theirs = peer.generate(
                 torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
@@ -485,6 +485,65 @@ def test_save_and_load_are_bitwise(tmp_path, tiny):
         assert torch.equal(a, b)
     assert again.end_ids == model.end_ids
     assert again.raw == model.raw | {"torch_dtype": "float32"}
+
+
+def test_a_head_beside_the_tie_is_used_and_kept(tmp_path, folder, tiny):
+    """config.json says tied, the file holds another output matrix: transformers uses that one."""
+    weights = load_file(folder / "model.safetensors")
+    head = weights["lm_head.weight"] = -weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors")
+    model, _ = load(folder)
+    ids = torch.tensor([[2, 5, 20]])
+    assert torch.allclose(model.logits(ids), -tiny[0].logits(ids), atol=1e-5)
+    save(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] \
+        is False
+    assert torch.equal(load(tmp_path / "saved")[0].head, head)
+    # The embedding itself is no other head.
+    save_file(weights | {"lm_head.weight": -head}, folder / "model.safetensors")
+    assert load(folder)[0].lm_head is None
+    # A head of another shape is an error, not left out.
+    save_file(weights | {"lm_head.weight": head[:9].clone()}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head.weight is \[9, 128\]"):
+        load(folder)
+
+
+def test_the_date_of_the_prompts_is_the_callers(folder):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ strftime_now('%d') }}" + settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    _, tokenizer = load(folder, date="2024-07-26T10:00:00")
+    assert tokenizer.date == "2024-07-26T10:00:00"
+    assert tokenizer.decode(tokenizer.chat([{"role": "user", "content": ""}])) == "26"
+
+
+def ends(folder):
+    """eos_token_id of a folder's generation_config.json."""
+    return json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_the_templates_end_token_is_one_of_the_models(tmp_path, folder, capsys):
+    """It is said once: what is saved names them all, and the other settings are kept."""
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 1}))
+    model, _ = load(folder)
+    assert model.end_ids == {1, 3}
+    assert "ends an answer with <|end|>, which generation" in capsys.readouterr().err
+    save(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == settings | {
+        "eos_token_id": [1, 3]}
+    again, _ = load(tmp_path / "saved")
+    assert again.end_ids == {1, 3} and capsys.readouterr().err == ""
+    save(again, tmp_path / "saved")  # a folder may be its own source
+    assert ends(tmp_path / "saved") == [1, 3]
+    # No file but config.json names an end: one is written only where it would say more.
+    for eos, written in ((3, False), (1, True)):
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | {"eos_token_id": eos}))
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        save(load(folder)[0], tmp_path / str(eos))
+        assert (tmp_path / str(eos) / "generation_config.json").exists() == written
+    assert ends(tmp_path / "1") == [1, 3]
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])

@@ -37,7 +37,8 @@ def test_the_fast_step_is_the_plain_step(texts):
     quality = QualityReward(reference, tokenizer)(query_texts, answer_texts)
     a_sol, a_ch = plain.advantages(reward, quality)
     assert 0 < reward.mean() < 1 and a_ch.abs().max() > 0.01
-    fast_sol, fast_ch = selfplay.advantages(reward, quality, PAY["minimax"])
+    paid = PAY["minimax"](query_texts, reward, quality)
+    fast_sol, fast_ch = selfplay.advantages(reward + quality, paid)
     assert torch.allclose(fast_sol, a_sol, atol=1e-6) and torch.allclose(fast_ch, a_ch, atol=1e-6)
 
     l_sol, l_ch = plain.losses(model, reference, asked, queries, prompts, answers, a_sol, a_ch)
@@ -45,7 +46,7 @@ def test_the_fast_step_is_the_plain_step(texts):
     plain_gradient = gradient_of(model)
 
     args = selfplay.parse_args(["--model", str(ROOT / "tiny"), "--micro-batch", "128"])
-    game = selfplay.Game(model, reference, *[None] * 9, Crew())
+    game = selfplay.Game(model, reference, *[None] * 10, Crew())
     solver = Player(prompts, groups(answers, plain.G), [], torch.zeros(0))
     challenger = Player([asked], [queries], [], torch.zeros(0))
     fast = {"solver": selfplay.gradients(game, solver, a_sol, args.kl, args),

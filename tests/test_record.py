@@ -1,10 +1,13 @@
 """The record of a run: figures by hand, warnings, and games as a person would read them."""
 import json
+import re
 from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import ROOT
 
+import selfplay
 from selfplay import Player, Step
 from support import record
 
@@ -60,7 +63,7 @@ def test_a_step_s_figures_by_hand():
         "similarity": 1 / 3,
         "spread": 0.5,  # the rewards of the second group are equal
         "tokens": 9 + 4,
-        "gradient_norm": 4.0,
+        "gradient_norm": 4.0, "clipped": 1.0,  # it was above 1
         "loss_solver": 0.5, "policy_solver": 0.25, "kl_solver": 0.125,
         "entropy_solver": 4.0,  # the mean of 0 .. 8
         "answer_tokens": 9 / 6, "answer_cut": 2 / 6,
@@ -98,20 +101,45 @@ def test_each_trouble_is_said_once(key):
     def rows(row, n):
         return [{"step": i} | row for i in range(n)]
     said = {}
-    assert record.watch(rows(good, record.WINDOW), said) == []
-    assert record.watch(rows(bad, record.WINDOW - 1), said) == []
-    sentence, = record.watch(rows(bad, record.WINDOW), said)
+    assert record.watch(rows(good, record.WINDOW), said, "lsp") == []
+    assert record.watch(rows(bad, record.WINDOW - 1), said, "lsp") == []
+    sentence, = record.watch(rows(bad, record.WINDOW), said, "lsp")
     assert "try" in sentence and f"step {record.WINDOW - 1}:" in sentence and key in sentence
     assert said == {key: sentence}
-    assert record.watch(rows(bad, record.WINDOW), said) == []
+    assert record.watch(rows(bad, record.WINDOW), said, "lsp") == []
 
 
 def test_a_figure_that_some_steps_lack_is_judged_by_the_others():
-    """A step in which no group has a right and a wrong answer has no agreement."""
+    """A step in which no group has a right and a wrong answer has no agreement.
+
+    Where half of the steps lack it, the rest says too little. The warning says how many there were.
+    """
     rows = [{"step": i} for i in range(record.WINDOW)]
-    assert record.watch(rows, {}) == []
-    rows[3]["agreement"] = 0.1
-    assert len(record.watch(rows, {})) == 1
+    for row in rows[:10]:
+        row["agreement"] = 0.1
+    assert record.watch(rows, {}, "lsp") == []
+    rows[10]["agreement"] = 0.1
+    sentence, = record.watch(rows, {}, "lsp")
+    assert "is 0.10 over 11 of the last 20 steps" in sentence
+
+
+@pytest.mark.parametrize("game", ["lsp", "lsp-zero", "grpo"])
+def test_no_warning_advises_what_its_game_refuses(game, tmp_path):
+    """Each flag that a warning names can be given to the game that gets the warning."""
+    (tmp_path / "data.jsonl").touch()
+    values = {"--pay": "r-zero", "--game": "lsp-zero", "--judge": "expected"}
+    figures = set(record.WATCH) - {
+        "lsp": set(), "lsp-zero": {"agreement", "malformed"},
+        "grpo": {"agreement", "malformed", "kl_challenger", "query_cut"}}[game]
+    for key in figures:
+        advice = record.WATCH[key][2]
+        advice = advice if isinstance(advice, str) else advice[game]
+        for flag, value in re.findall(r"(--[a-z-]+)(?: (lsp(?:-zero)?|r-zero|expected))?", advice):
+            words = [] if flag == "--game" else ["--game", game]
+            words += [flag, value or {"--data": str(tmp_path / "data.jsonl")}.get(flag, "2")]
+            assert selfplay.parse_args(["--model", str(ROOT / "tiny"), *words]), advice
+            assert flag != "--game" or value != game, advice
+            assert flag not in values or value == values[flag] or flag == "--game"
 
 
 # --------------------------------------------------------------------------------------------------

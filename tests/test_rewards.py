@@ -16,7 +16,7 @@ from rewards import (
     judged,
     load_referee,
 )
-from support import console, files
+from support import console, data, record
 from support.console import UserError
 from tiny import language
 
@@ -69,13 +69,6 @@ def test_equal_answers_are_graded_once():
     assert asked == [[["a", "bb"], ["bb", "ccc"]]]
 
 
-def test_a_tokenizer_without_digits_is_refused(tiny, monkeypatch):
-    model, tokenizer = tiny
-    monkeypatch.setattr(tokenizer, "encode", lambda text: [1, 2])
-    with pytest.raises(UserError, match="no single token for each digit 0 to 7"):
-        QualityReward(model, tokenizer)
-
-
 def test_quality_of_equal_answers_and_single_groups(tiny):
     model, tokenizer = tiny
     judge = QualityReward(model, tokenizer)
@@ -121,7 +114,16 @@ def test_reward_model_equals_transformers(tmp_path, tiny, transformers, family):
             with torch.no_grad():
                 theirs = peer(torch.tensor([ids])).logits.item()
             assert theirs == pytest.approx(score.item(), abs=1e-4)
-    assert judged(load_referee(str(tmp_path)), QUERIES, ANSWERS).tolist() == scores.tolist()
+    referee = load_referee(str(tmp_path))
+    assert judged(referee, QUERIES, ANSWERS).tolist() == scores.tolist()
+    # In a chat it reads the whole conversation, and not its last message alone.
+    system = {"role": "system", "content": "Add "}
+    chats = [[system, {"role": "user", "content": query}] for query in QUERIES]
+    scores = judged(referee, QUERIES, ANSWERS, {"messages": chats})
+    ids = tokenizer.chat([*chats[0], {"role": "assistant", "content": ANSWERS[0][1]}], False)
+    with torch.no_grad():
+        assert scores[0, 1].item() == pytest.approx(
+            peer(torch.tensor([ids])).logits.item(), abs=1e-4)
 
 
 def test_a_model_without_a_score_head_is_refused():
@@ -139,20 +141,89 @@ def test_a_model_without_a_score_head_is_refused():
     ("#### 18 dollars", "18"), ("#### **18**", "18"),
     ("#### 42\nLet me know!", "42"), ("it is .5", "1/2"),
     ("9" * 5000, "9" * 5000),
+    ("#### 1e5", "100000"), ("#### 1/2", "1/2"), ("#### 1/3", "1/3"), ("#### 6/4", "3/2"),
+    ("#### 1/0", "1/0"), ("#### none", "none"), ("**5**", "5"), ("2**3", None),
+    ("#### (1, 2)", "(1,2)"), ("between 5-7", "7"), ("-$5", "-5"),
+    ("it is \u22123", "-3"), ("\uff11\uff12", "12"), ("2^10", None), ("1.000,5", None),
+    ("\\boxed{x+5}", "x+5"), ("\\boxed{x = 5}", "5"), ("\\boxed{5\\text{ cm}}", "5"),
+    ("\\boxed{50\\%}", "50"), ("\\boxed{1,234}", "1234"), ("\\boxed{-3}", "-3"),
 ])
 def test_final_answer(text, value):
     assert final_answer(text) == value
 
 
+@pytest.mark.parametrize("known, answer", [
+    ("#### 3", "the result is \u22123"), ("#### 3/4", "3"), ("#### 1/2", "#### 1/3"),
+    ("\\boxed{(1,2)}", "\\boxed{12}"), ("#### 1000", "1.000,5"), ("#### 1", "#### 1e5"),
+    ("\\boxed{2\\sqrt{3}}", "\\boxed{23}"), ("\\boxed{[0,1)}", "\\boxed{01}"),
+    ("\\boxed{10^3}", "\\boxed{103}"), ("#### 5", "\\boxed{x+5}"), ("#### 5", "\\boxed{5x}"),
+    ("#### 2", "\\boxed{2\\pi}"), ("#### 3", "\\boxed{(3, 4)}"), ("#### 10", "#### 10 of 20"),
+    ("#### 5", "#### 5/0"), ("#### 12", "#### 1,2"), ("#### 5", "\\boxed{-5}")])
+def test_two_unequal_answers_are_never_called_equal(known, answer):
+    """That would pay for a wrong answer: the worse of the two faults."""
+    rows = [data.Row([], known, 1)]
+    assert MathReward(rows)(["q"], [[answer, known]], [known]).tolist() == [[0, 1]]
+
+
+def test_every_row_is_graded_by_its_own_answer():
+    """Two rows ask the same question, in two conversations."""
+    turn = {"role": "user", "content": "Add 5 and 5."}
+    rows = [data.Row([{"role": "system", "content": f"Count in base {base}."}, turn], known, i)
+            for i, (base, known) in enumerate([(10, "10"), (2, "1010")], 1)]
+    scores = judged(MathReward(rows), [row.query for row in rows], [["10", "1010"]] * 2,
+                    data.columns(rows))
+    assert scores.tolist() == [[1, 0], [0, 1]]
+
+
+def test_a_referee_cannot_change_what_is_played():
+    """It gets copies: neither queries and answers nor the data's columns change under its hands."""
+    queries, answers, columns = ["q"], [["b", "a"]], {"messages": [[{"role": "user"}]]}
+
+    def sorts(queries, answers, messages):
+        for group in answers:
+            group.sort()
+        queries.clear()
+        messages[0][0].clear()
+        return [[0.0, 1.0]]
+    judged(sorts, queries, answers, columns)
+    assert (queries, answers, columns) == (["q"], [["b", "a"]], {"messages": [[{"role": "user"}]]})
+
+
+def test_a_reward_that_wants_the_known_answer(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def right(prompts, completions, answer, **others):\n"
+                    "    return [[float(c == a) for c in group]\n"
+                    "            for group, a in zip(completions, answer)]\n")
+    reward = load_referee(f"{file}:right")
+    scores = judged(reward, ["q", "p"], [["3", "4"]] * 2, {"answer": ["3", "4"], "messages": []})
+    assert scores.tolist() == [[1, 0], [0, 1]]
+    with pytest.raises(UserError, match="the reward right asks for 'answer'"):
+        judged(reward, ["q"], [["3"]], {"messages": [[]]})
+
+
+def test_which_queries_have_an_answer():
+    class Mine:
+        def valid(self, queries):
+            return self.found
+    mine = Mine()
+    mine.found = torch.tensor([1, 0])
+    assert record.which_valid(mine, ["q", "p"]) == [True, False]
+    assert record.which_valid(max, ["q"]) is None
+    for mine.found in ([True], True, None):
+        with pytest.raises(UserError, match="`valid` must return one truth value a query"):
+            record.which_valid(mine, ["q", "p"])
+
+
 def test_math_reward():
     question = [{"role": "user", "content": "How many?"}]
-    reward = MathReward([(question, "6 * 3 = <<6*3=18>>18\n#### 18")])
+    row = data.Row(question, "6 * 3 = <<6*3=18>>18\n#### 18", 1)
+    reward = MathReward([row])
     answers = ["18", "there are 18.00 of them", "17", "18 eggs, no: 19"]
-    assert reward(["How many?"], [answers]).tolist() == [[1, 1, 0, 0]]
+    assert reward(["How many?"], [answers], [row.answer]).tolist() == [[1, 1, 0, 0]]
     # Data without a clear answer is refused: a wrong truth would be worse than none.
-    for unclear in ("many", "3/4 of them", "first 3, then 4", "#### none"):
-        with pytest.raises(UserError, match="known answer to 'How many"):
-            MathReward([(question, unclear)])
+    for unclear in ("many", "3/4 of them", "first 3, then 4", "so ####"):
+        with pytest.raises(UserError, match="the known answer in line 3 is neither"):
+            MathReward([row, data.Row(question, unclear, 3)])
 
 
 def test_math_reward_on_gsm8k():
@@ -160,12 +231,11 @@ def test_math_reward_on_gsm8k():
     path = SHARED / "gsm8k" / "test.jsonl"
     if not path.is_file():
         pytest.skip("GSM8K is not at hand (../shared/data)")
-    data = files.read_data(path)
-    queries = [messages[-1]["content"] for messages, _ in data]
-    answers = [answer for _, answer in data]
-    reward = MathReward(data)
-    assert reward(queries, [[a] for a in answers]).mean() == 1
-    assert reward(queries, [[a] for a in answers[1:] + answers[:1]]).mean() < 0.05
+    rows = data.read_data(path)
+    queries, known = [row.query for row in rows], [row.answer for row in rows]
+    reward = MathReward(rows)
+    assert reward(queries, [[a] for a in known], known).mean() == 1
+    assert reward(queries, [[a] for a in known[1:] + known[:1]], known).mean() < 0.05
 
 
 def test_written_verdicts(tiny, monkeypatch):
@@ -188,7 +258,10 @@ def test_written_verdicts(tiny, monkeypatch):
         patch.setattr(judge.tokenizer, "decode", lambda ids: ids)
         scores = judge(["q", "p"], [["a", "b"], ["c", "c"]])
     text = f"{rewards.RUBRIC} {rewards.WRITTEN}\n\nQuery:\np\n\nAnswer:\nc"
-    assert asked[2:] == [judge.tokenizer.chat([{"role": "user", "content": text}])]
+    # What does not fit the judge's context with its verdict is cut from behind, as here.
+    message = [{"role": "user", "content": text}]
+    assert asked[2:] == [judge.tokenizer.chat(message, room=512 - 160)]
+    assert len(judge.tokenizer.chat(message)) > 512 - 160 == len(asked[2])
     assert torch.allclose(scores, torch.tensor([[1.0, 0.0], [3 / 7, 3 / 7]]))
     assert judge.malformed == pytest.approx(1 / 3)
 

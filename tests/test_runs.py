@@ -10,15 +10,18 @@ import resource
 import shutil
 import signal
 import weakref
+from datetime import datetime, timedelta
 
 import pytest
 import torch
 from conftest import ROOT, command, read_lines
 from safetensors.torch import save_file
 
+import model as llama
 import selfplay
 import spin
 from support import console, learning, runs
+from support.console import UserError
 
 COMMON = ("--model", str(ROOT / "tiny"), "--device", "cpu", "--eval-items", "6")
 LSP = ("--queries", "2", "--answers", "2", "--lr", "1e-3", "--query-tokens", "24",
@@ -187,6 +190,94 @@ def test_a_stopped_run_goes_on_to_the_same_bits(game, whole, tmp_path):
         assert (f"--resume runs/{game}-1 would go on" in out.getvalue()) == (same is settings)
     assert command(module, tmp_path, f"--resume=runs/{game}-1").returncode == 0
     assert left(cut) == left(whole(game))
+
+
+DATED = ("{{ bos_token }}<|system|>{{ strftime_now('%d') }}<|end|>{% for m in messages %}"
+         "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
+@pytest.mark.parametrize("game", ["lsp", "spin"])
+def test_a_run_keeps_the_date_of_its_beginning(game, tmp_path, folder):
+    """Some templates write today's date. On another day a resumed run has the same prompts."""
+    settings = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", settings | {"chat_template": DATED})
+    module, flags, _ = GAMES[game]
+    cut = killed(tmp_path, game, "--model", str(folder), call=3)
+    begun = read_json(cut / "settings.json")["date"]
+    assert datetime.now() - datetime.fromisoformat(begun) < timedelta(minutes=5)
+    rewrite(cut, read_json(cut / "settings.json") | {"date": "2001-02-03T04:05:06"})
+    args = module.parse_args(["--resume", str(cut)])
+    made = [module.set_up(args, "cpu")] if game == "lsp" else [module.set_up(args)]
+    ids = made[0].tokenizer.chat([{"role": "user", "content": "a"}])
+    assert made[0].tokenizer.encode("03") == ids[2:4]
+    assert module.parse_args([*COMMON, *flags]).date >= begun
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed", "stopped at the end"])
+def test_what_the_opponent_has_answered_is_kept(how, tmp_path, monkeypatch):
+    """SPIN is stopped, or killed, while the opponent answers in the second iteration.
+
+    The answers so far are in the checkpoint. The run goes on with the others, to the same bits.
+    """
+    monkeypatch.setattr(llama, "ROOM", 90)  # a few prompts at a time
+    batches, real = [], llama.generate
+    _, flags, _ = GAMES["spin"]
+    flags = [*COMMON, *flags]
+    asked = {"stopped": 6, "killed": 7, "stopped at the end": 8}[how]
+    assert command(spin, tmp_path, *flags, "--run", "whole").returncode == 0
+
+    def generate(model, prompts, *rest):
+        if rest[0] == 1 and rest[2] > 0:  # neither the score's samples, nor its greedy answers
+            batches.append(len(prompts))
+            if len(batches) == asked and how == "killed":
+                raise Killed
+            if len(batches) == asked:
+                signal.raise_signal(signal.SIGINT)
+        return real(model, prompts, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "generate", generate)
+        if how == "killed":
+            patch.setattr(runs.Run, "late", lambda self: True)  # as if ten minutes had passed
+            with pytest.raises(Killed):
+                command(spin, tmp_path, *flags, "--run", "cut")
+        else:
+            done = command(spin, tmp_path, *flags, "--run", "cut")
+            assert "stopped in iteration 1, while the opponent answered: " in done.stdout
+            assert done.returncode == 0
+        before = sum(batches[:asked] if how != "killed" else batches[:asked - 1])
+    facts, tensors = learning.read_state(tmp_path / "runs" / "cut" / runs.CHECKPOINT)
+    assert (facts["iteration"], facts["update"]) == (1, 0) and "ref" not in tensors
+    assert int((tensors["lengths"] > 0).sum()) == before
+    batches.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "generate", generate)
+        how = "resumed"
+        done = command(spin, tmp_path, "--resume", "runs/cut")
+    assert done.returncode == 0, done.stderr
+    assert left(tmp_path / "runs" / "cut") == left(tmp_path / "runs" / "whole")
+
+
+def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch):
+    """Three checkpoints of 12 bytes a weight, and the model. What a resumed run has counts."""
+    need = 3 * 12 * 756224 + 4 * 756224
+    usage = type("Usage", (), {"free": need - 1})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    words = ["--model", str(ROOT / "tiny"), "--steps", "1", *LSP]
+    done = command(selfplay, tmp_path, *words)
+    assert refused(done, "this run needs about 0.0 GiB of disk", "three checkpoints")
+    assert not (tmp_path / "runs").exists()
+    usage.free = need
+    args = selfplay.parse_args(words)
+    runs.check_disk(args, 756224, 2, 1)
+    usage.free = need - 1000
+    args.resume = str(tmp_path / "cut")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "checkpoint.safetensors.previous").write_bytes(bytes(1000))
+    runs.check_disk(args, 756224, 2, 1)
+    usage.free -= 1
+    with pytest.raises(UserError, match="of disk"):
+        runs.check_disk(args, 756224, 2, 1)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

@@ -2,6 +2,7 @@
 import argparse
 import copy
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from conftest import ROOT, command, llama3_tokenizer, random_llama, read_lines
 import selfplay
 from model import generate, groups, load, logprobs, pack, save
 from selfplay import AGGREGATE, PAY, Game, Player, advantages, fold, gradients, player_loss
-from support import learning, record
+from support import data, learning, record
 from support.machine import Crew
 
 R = torch.tensor([  # N = 3 queries, G = 4 answers; V = 1/4, 3/4, 0
@@ -23,15 +24,19 @@ R = torch.tensor([  # N = 3 queries, G = 4 answers; V = 1/4, 3/4, 0
     [0.0, 0.0, 0.0, 0.0],
 ])
 ZERO = torch.zeros(3, 4)
-MINIMAX = PAY["minimax"]
 TINY = ("--model", str(ROOT / "tiny"), "--device", "cpu")
+
+
+def both(reward, quality, normalise="centre", pay="minimax"):
+    """(A_Sol, A_Ch) of R and the weighted R_Q, as a step has them."""
+    return advantages(reward + quality, PAY[pay]([], reward, quality), normalise)
 
 
 # --------------------------------------------------------------------------------------------------
 # Advantages (LSP section 2)
 
 def test_advantages_by_hand():
-    a_sol, a_ch = advantages(R, ZERO, MINIMAX)
+    a_sol, a_ch = both(R, ZERO)
     assert torch.allclose(a_sol, torch.tensor([
         [0.75, -0.25, -0.25, -0.25], [0.25, 0.25, 0.25, -0.75], [0, 0, 0, 0]]))
     # The mean of V minus V; the mean is 1/3.
@@ -41,7 +46,7 @@ def test_advantages_by_hand():
 def test_the_example_of_the_docstring():
     """The first query has V = 1/2 and the second has V = 0: the unanswered query wins."""
     reward = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0]])
-    a_sol, a_ch = advantages(reward, torch.zeros(2, 4), MINIMAX)
+    a_sol, a_ch = both(reward, torch.zeros(2, 4))
     assert reward.mean(1).tolist() == [0.5, 0]
     assert a_ch.tolist() == [-0.25, 0.25]
     assert a_sol.tolist() == [[0.5, -0.5, -0.5, 0.5], [0, 0, 0, 0]]
@@ -53,7 +58,7 @@ def test_advantages_with_quality_by_hand():
     The last query is nonsense: it has no reward and no quality.
     """
     quality = torch.tensor([[1.0, 0.5, 0.5, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    a_sol, a_ch = advantages(R, quality, MINIMAX)
+    a_sol, a_ch = both(R, quality)
     assert torch.allclose(a_sol[0], torch.tensor([2.0, 0.5, 0.5, 0.0]) - 0.75)
     # -1/4 + 1/2, -3/4 + 1, and -0 + 0, each minus their mean
     assert torch.allclose(a_ch, torch.tensor([0.25, 0.25, 0.0]) - 0.5 / 3)
@@ -62,19 +67,19 @@ def test_advantages_with_quality_by_hand():
 @pytest.mark.parametrize("normalise", ["centre", "std"])
 def test_advantages_sum_to_zero(normalise):
     torch.manual_seed(0)
-    a_sol, a_ch = advantages(torch.rand(5, 8), torch.rand(5, 8), MINIMAX, normalise)
+    a_sol, a_ch = both(torch.rand(5, 8), torch.rand(5, 8), normalise)
     assert a_sol.sum(1).abs().max() < 1e-5
     assert a_ch.sum().abs() < 1e-5
 
 
 def test_a_constant_quality_changes_no_advantage():
-    plain, shifted = advantages(R, ZERO, MINIMAX), advantages(R, ZERO + 3.0, MINIMAX)
+    plain, shifted = both(R, ZERO), both(R, ZERO + 3.0)
     for a, b in zip(plain, shifted):
         assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_std_normalisation():
-    a_sol, _ = advantages(R, ZERO, MINIMAX, "std")
+    a_sol, _ = both(R, ZERO, "std")
     assert torch.allclose(a_sol[0], torch.tensor([3.0, -1, -1, -1]) / 3**0.5, atol=1e-3)
     assert a_sol[2].abs().max() == 0
 
@@ -87,8 +92,13 @@ def test_std_normalisation():
     ("spice", [0.0439369, 0.8225775, 1, 0.0439369]),
 ])
 def test_what_the_challenger_is_paid(pay, at):
-    paid = PAY[pay](torch.tensor([0, 0.25, 0.5, 1]))
-    assert torch.allclose(paid, torch.tensor(at, dtype=torch.float32), atol=1e-5)
+    reward = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    none = torch.zeros(4, 4)
+    at = torch.tensor(at, dtype=torch.float32)
+    assert torch.allclose(PAY[pay](list("abcd"), reward, none), at, atol=1e-5)
+    # Only LSP's own pay counts quality: the others are their papers'.
+    paid = PAY[pay](list("abcd"), reward, none + 0.3)
+    assert torch.allclose(paid, at + 0.3 * (pay == "minimax"), atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -161,7 +171,31 @@ def test_literal_kl_does_nothing_in_the_mean_and_k3_does():
     assert pull.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kl_form", ["k3", "literal"])
+def test_whose_kl_each_form_is_on_three_tokens():
+    """pi = (1/2, 1/4, 1/4) and pi_Ref = (1/4, 1/4, 1/2), so d = log pi_Ref - log pi = (-h, 0, h).
+
+    h = log 2, and KL(pi, pi_Ref) = h/2 - h/4 = h/4. Over the samples of pi, the gradient of k2 is
+    that of KL(pi, pi_Ref): pi_i (-d_i - h/4). That of k3 is of KL(pi_Ref, pi): pi_i - pi_Ref_i.
+    """
+    h = math.log(2)
+    logits = torch.tensor([0.5, 0.25, 0.25]).log().requires_grad_()
+    ref = torch.tensor([0.25, 0.25, 0.5]).log()
+    found = {}
+    for kl in selfplay.KL:
+        lp = logits.log_softmax(-1)
+        mean = (lp.exp().detach() * selfplay.KL[kl](ref - lp)).sum()  # over samples of pi
+        found[kl] = mean.item(), torch.autograd.grad(mean, logits)[0].tolist()
+    assert found["k3"][0] == pytest.approx(h / 4) == found["literal"][0]  # their value is the KL
+    assert found["k2"][0] == pytest.approx(3 / 8 * h * h)
+    assert found["k2"][1] == pytest.approx([3 / 8 * h, -h / 16, -5 / 16 * h])
+    assert found["k3"][1] == pytest.approx([1 / 4, 0, -1 / 4])
+    assert found["literal"][1] == pytest.approx([0, 0, 0], abs=1e-7)
+    lp = logits.log_softmax(-1)
+    papers = torch.autograd.grad((lp.exp() * (lp - ref)).sum(), logits)[0]  # KL(pi, pi_Ref) itself
+    assert found["k2"][1] == pytest.approx(papers.tolist())
+
+
+@pytest.mark.parametrize("kl_form", list(selfplay.KL))
 def test_the_terms_of_the_loss_add_up(kl_form):
     """L is its policy term plus beta times its KL over M.
 
@@ -238,7 +272,7 @@ def gradient_of(model, player, advantage, beta=0.1, alpha=1.0, **changes):
 @pytest.mark.parametrize("aggregate", ["sum", "mean", "token"])
 def test_gradient_and_logged_loss_do_not_depend_on_the_micro_batch_split(small, aggregate):
     """Trap 10, too: the logged loss is that of the whole batch."""
-    advantage = advantages(torch.rand(3, 4), ZERO, MINIMAX)[0]
+    advantage = both(torch.rand(3, 4), ZERO)[0]
     player = played(small)
     whole, terms = gradient_of(small, player, advantage, aggregate=aggregate, micro_batch=4096)
     split, others = gradient_of(small, player, advantage, aggregate=aggregate, micro_batch=8)
@@ -277,7 +311,7 @@ def test_equal_answers_computed_once_give_the_plain_formulas_gradient(small, agg
 
 
 def test_gradient_does_not_depend_on_the_order_of_queries(small):
-    advantage = advantages(torch.rand(3, 4), ZERO, MINIMAX)[0]
+    advantage = both(torch.rand(3, 4), ZERO)[0]
     player = played(small)
     order = [2, 0, 1]
     turned = Player([player.prompts[i] for i in order], [player.completions[i] for i in order],
@@ -294,7 +328,7 @@ def test_the_challenger_learns_to_prefer_the_query_with_lower_value(small):
     """
     prompt, queries = [1, 7], [[5, 6, 2], [9, 10, 2]]
     value = torch.tensor([[1.0, 1, 1, 0], [1.0, 0, 0, 0]])
-    a_ch = advantages(value, torch.zeros(2, 4), MINIMAX)[1]
+    a_ch = both(value, torch.zeros(2, 4))[1]
 
     def likely():
         return [logprobs(small, pack([prompt], [[q]])[0]).sum().item() for q in queries]
@@ -326,7 +360,8 @@ def test_the_sampled_ids_are_the_trained_ids(tiny):
     args = settings(queries=6, answers=3)
     game = game_of(model, model, tokenizer=tokenizer, prompt=selfplay.challenger_prompt(tokenizer),
                    generator=torch.Generator().manual_seed(0))
-    queries, answers, challenger, solver = selfplay.play(game, args)
+    rows, answers, challenger, solver = selfplay.play(game, args)
+    queries = [row.query for row in rows]
     assert [tokenizer.decode(ids) for ids in challenger.completions[0]] == queries
     assert [[tokenizer.decode(ids) for ids in group] for group in solver.completions] == answers
     assert solver.prompts == [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
@@ -359,11 +394,11 @@ def test_a_step_is_its_equations(name, monkeypatch):
     assert torch.equal(played.reward, game.referee(played.queries, played.answers))
     quality = torch.zeros(3, 4)
     if name == "lsp":
-        quality = 0.5 * game.judge(played.queries, played.answers)
+        quality = game.judge(played.queries, played.answers)
         assert torch.allclose(played.quality, quality, atol=1e-6) and quality.max() > 0
     else:
         assert played.quality is None
-    a_sol, a_ch = advantages(played.reward, quality, PAY[args.pay])
+    a_sol, a_ch = both(played.reward, 0.5 * quality, pay=args.pay)
     assert torch.allclose(played.a_sol, a_sol, atol=1e-6)
     losses = {"solver": gradients(game, played.solver, a_sol, 0.1, args)}
     if name == "grpo":
@@ -419,9 +454,86 @@ def test_two_steps_of_the_real_command(tmp_path, game):
 
 def test_dry_run_says_what_it_needs_and_saves_nothing(tmp_path):
     done = run(tmp_path, *TINY, "--queries", "2", "--answers", "2", "--dry-run")
-    for text in ("756,224 parameters", "GiB free", "second step"):
+    for text in ("756,224 parameters", "GiB free", "second step",
+                 "checkpoints of 0.01 GiB, three while one is written, and 1 model"):
         assert text in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_pay_of_ones_own(tmp_path):
+    """It sees the query texts, the rewards, and the quality as it is weighted."""
+    (tmp_path / "mine.py").write_text(
+        "def short(queries, R, R_Q):\n"
+        "    assert R.shape == R_Q.shape == (len(queries), 3) and 0 < R_Q.max() <= 0.5\n"
+        "    return [-len(query) for query in queries]\n"
+        "def flat(queries, R, R_Q):\n"
+        "    return R\n"
+        "def fails(queries, R, R_Q):\n"
+        "    return 1 / 0\n")
+    small = [*TINY, "--steps", "1", "--queries", "4", "--answers", "3", "--quality", "0.5"]
+    run(tmp_path, *small, "--pay", "mine.py:short", "--run", "a")
+    games = read_lines(tmp_path / "runs" / "a" / "games.jsonl")[0]["games"]
+    length = [len(game["query"]) for game in games]
+    assert [game["challenger_advantage"] for game in games] == pytest.approx(
+        [sum(length) / 4 - n for n in length], abs=1e-3)
+    for name, says in (("flat", r"the pay mine.py:flat returned shape [4, 3]; expected [4]"),
+                       ("fails", "the pay fails failed: ZeroDivisionError"),
+                       ("gone", "has no function 'gone'")):
+        assert says in run(tmp_path, *small, "--pay", f"mine.py:{name}", expect=2).stderr
+
+
+def test_a_pay_for_rewards_of_0_to_1_refuses_others(tmp_path):
+    """With a reward model's numbers R-Zero's pay would be nonsense. LSP's own takes any number."""
+    (tmp_path / "mine.py").write_text("def scores(queries, answers):\n"
+                                      "    return [[-3 for a in group] for group in answers]\n")
+    small = [*TINY, "--steps", "1", "--queries", "2", "--answers", "2", "--reward",
+             "mine.py:scores"]
+    done = run(tmp_path, *small, "--pay", "r-zero", expect=2)
+    assert ("--pay r-zero is for rewards between 0 and 1, and --reward mine.py:scores gave -3 to -3"
+            in done.stderr)
+    run(tmp_path, *small)
+
+
+def test_bad_rows_are_found_before_the_first_step(tmp_path):
+    """One row is too long for the model. It is named by its line; no run begins, or it is left out.
+    """
+    rows = [{"prompt": f"Add {i} and 2.", "answer": str(i + 2)} for i in range(3)]
+    rows.insert(1, {"prompt": f"Add {600 * '1'} and 2.", "answer": "x"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = [*TINY, "--steps", "2", "--queries", "4", "--answers", "2", "--game", "grpo", "--data",
+             "rows.jsonl", "--reward", "math"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)).replace('"x"', '"7"'))
+    done = run(tmp_path, *small, expect=2)
+    assert "--data rows.jsonl, line 2: 608 tokens and up to 32 of an answer" in done.stderr
+    assert "--skip-bad-rows" in done.stderr and not (tmp_path / "runs").exists()
+    done = run(tmp_path, *small, "--skip-bad-rows")
+    assert "line 2: 608 tokens" in done.stderr and "left out: 1 row" in done.stderr
+    lines = read_lines(tmp_path / "runs" / "grpo-1" / "games.jsonl")
+    asked = {game["query"] for step in lines for game in step["games"]}
+    assert asked <= {row["prompt"] for row in rows if len(row["prompt"]) < 20}
+
+
+@pytest.mark.parametrize("flags", [
+    ("--query-tokens", "500"), ("--query-tokens", "300", "--answer-tokens", "300")])
+def test_what_may_be_written_must_fit_into_the_context(tmp_path, flags):
+    """Found at step 100, such a text would end the run, and --resume would only find it again."""
+    done = run(tmp_path, *TINY, "--queries", "2", "--answers", "2", *flags, expect=2)
+    assert "and a model's context is 512: try a smaller --query-tokens" in done.stderr
+
+
+def test_the_referee_gets_each_rows_conversation_and_answer(tmp_path):
+    """Two conversations of the data have the same last message, and not the same answer."""
+    chats = [[{"role": "system", "content": base}, {"role": "user", "content": "Add 5 and 5."}]
+             for base in "AB"]
+    rows = [data.Row(chats[0], "10", 1), data.Row(chats[1], "1010", 2)]
+    seen = []
+
+    def referee(queries, answers, messages, answer):
+        seen.append((queries, messages, answer))
+        return [[1.0] * len(group) for group in answers]
+    game = game_of(None, None, referee=referee)
+    selfplay.score(game, rows, [["a", "b"], ["c", "d"]])
+    assert seen == [(["Add 5 and 5."] * 2, chats, ["10", "1010"])]
 
 
 def test_a_run_made_to_fail_says_so(tmp_path, monkeypatch):
@@ -526,6 +638,7 @@ def test_a_real_llama_plays(tmp_path, real_llama):
     settings = json.loads((tmp_path / "runs" / "lsp" / "settings.json").read_text())
     assert settings["lr"] == 3e-6
     assert settings["kl"] == settings["kl_challenger"] == 0.05
+    assert settings["quality"] == 7  # the paper's R_Q counts points
     assert settings["queries"] == 2
     assert 0 < read("lsp")["quality"] < 1
     assert read("written")["malformed"] == 1 and read("written")["quality"] == 0
@@ -565,13 +678,17 @@ def test_challenger_prompt_has_its_two_variables(real_llama):
     (["--reward", "math"], "from --data alone"), (["--run", "../away"], "not a plain folder name"),
     (["--device", "abacus"], "no such device"),
     (["--quality", "0"], "that is --game lsp-zero"),
+    (["--reward", "mine.py:known"], "asks for 'answer', which is not at hand here"),
+    (["--skip-bad-rows"], "is about --data"), (["--pay", "fair"], "expected minimax, r-zero"),
 ])
 def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
     (tmp_path / "mine.py").write_text(
         "def nan(q, a):\n"
         "    return [[float('nan')] * len(g) for g in a]\n"
         "def flat(q, a):\n"
-        "    return [0.0]\n")
+        "    return [0.0]\n"
+        "def known(q, a, answer):\n"
+        "    return 0\n")
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     (tmp_path / "runs" / "taken" / "mine.txt").write_text("keep")
     done = run(tmp_path, *TINY, "--queries", "2", "--answers", "2", *flags, expect=2)

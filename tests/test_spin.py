@@ -24,20 +24,19 @@ from spin import (
     Pair,
     all_logprobs,
     chosen_data,
-    encode,
     of_iteration,
-    opponent_answers,
     player_trains,
     sft_gradients,
     spin_gradients,
     spin_loss,
     spin_margin,
 )
-from support import runs
+from support import data, runs
 from support.console import UserError
 from support.text import Tokenizer
 from tiny import language
 
+TINY = ("--model", str(ROOT / "tiny"), "--device", "cpu")
 ARGS = argparse.Namespace(game="spin", loss="logistic", lam=[1.0], lr=[1e-4], micro_batch=2048,
                           batch=4, epochs=1)
 
@@ -51,16 +50,32 @@ def user(text):
     return {"role": "user", "content": text}
 
 
+def encode(tokenizer, pairs, end_ids, limit):
+    """(prompts, answers) as ids, of [(messages, answer)]."""
+    rows = [data.Row(*pair) for pair in pairs]
+    prompts = [tokenizer.chat(row.messages) for row in rows]
+    return prompts, spin.encode(tokenizer, rows, end_ids, limit)[0]
+
+
+def opponent_answers(model, prompts, limit, generator):
+    """All answers of spin.opponent_answers, in order."""
+    found = [None] * len(prompts)
+    for part, answers in spin.opponent_answers(model, prompts, limit, generator):
+        for i, ids in zip(part, answers):
+            found[i] = ids
+    return found
+
+
 @pytest.fixture(scope="module")
 def pairs(tiny):
     """Ten pairs of the embedded language. Two of them have equal answers."""
     model, tokenizer = tiny
     rng = random.Random(1)
     queries = [language.draw(rng) for _ in range(10)]
-    data = [([user(query)], language.solve(query)) for query in queries]
-    prompts, answers = encode(tokenizer, data, model.end_ids, 32)
+    rows = [([user(query)], language.solve(query)) for query in queries]
+    prompts, answers = encode(tokenizer, rows, model.end_ids, 32)
     wrong = [tokenizer.encode(language.slip(text, rng)) + answer[-1:]
-             for (_, text), answer in zip(data, answers)]
+             for (_, text), answer in zip(rows, answers)]
     return [Pair(prompt, answer, answer if i in (2, 5) else rival)
             for i, (prompt, answer, rival) in enumerate(zip(prompts, answers, wrong))]
 
@@ -209,7 +224,7 @@ def test_loss_equals_trl(tiny, pairs, tmp_path, monkeypatch):
 
     def turn(role, ids):
         return [{"role": role, "content": tokenizer.decode(ids)}]
-    data = Dataset.from_list([
+    dataset = Dataset.from_list([
         {"prompt": turn("user", p.prompt[:-1]), "chosen": turn("assistant", p.answer),
          "rejected": turn("assistant", p.rival)}
         for p in different
@@ -221,7 +236,7 @@ def test_loss_equals_trl(tiny, pairs, tmp_path, monkeypatch):
     )
     player = AutoModelForCausalLM.from_pretrained(tmp_path / "player")
     opponent = AutoModelForCausalLM.from_pretrained(ROOT / "tiny")
-    trainer = DPOTrainer(player, opponent, args=config, train_dataset=data,
+    trainer = DPOTrainer(player, opponent, args=config, train_dataset=dataset,
                          processing_class=AutoTokenizer.from_pretrained(ROOT / "tiny"))
     trainer.train()
     logged = trainer.state.log_history[0]
@@ -295,13 +310,57 @@ def test_the_learning_rate_rises_and_falls_in_each_iteration(tiny, pairs, monkey
 def test_answers_cut_at_the_limit_have_no_end_token(tiny):
     """Neither people's answers nor the opponent's have one: it would show where a text was cut."""
     model, tokenizer = tiny
-    data = [([user('Take "kobani", reverse it.')], "inabok"), ([user("Add 1 and 2.")], "3")]
-    prompts, answers = encode(tokenizer, data, model.end_ids, 4)
+    rows = [([user('Take "kobani", reverse it.')], "inabok"), ([user("Add 1 and 2.")], "3")]
+    prompts, answers = encode(tokenizer, rows, model.end_ids, 4)
     assert answers[0] == tokenizer.encode("inab")
     assert answers[1] == tokenizer.encode("3") + [min(model.end_ids)]
     rivals = opponent_answers(model, prompts, 4, torch.Generator().manual_seed(0))
     assert len(rivals[0]) == 4 and not model.end_ids & set(rivals[0])
     assert rivals[1][-1] in model.end_ids
+
+
+def test_a_run_says_how_many_of_peoples_answers_it_cuts(tmp_path):
+    """They teach no end token, and so they are no give-away."""
+    rows = [{"prompt": "Take \"abc\", repeat it.", "answer": "abcabc" * n} for n in (1, 2, 9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [*TINY, "--data", "rows.jsonl", "--iterations", "1", "--epochs", "1",
+             "--answer-tokens", "13"]
+    done = command(spin, tmp_path, *words)
+    assert ("1 of 3 of people's answers are longer than --answer-tokens 13: they are cut there"
+            in done.stdout), done.stderr
+    args = spin.parse_args([*words[:4], "--answer-tokens", "13", "--data",
+                            str(tmp_path / "rows.jsonl")])
+    game = spin.set_up(args)
+    assert sorted(len(ids) for ids in game.answers) == [7, 13, 13] and game.cut == 1
+    ends = sorted(len(row.answer) for row, ids in zip(game.data, game.answers)
+                  if ids[-1] in game.player.end_ids)
+    assert ends == [6, 12]
+
+
+THINKS = ("{{ bos_token }}{% for m in messages %}{% set c = m['content'] %}"
+          "{% if m['role'] == 'assistant' %}{% set c = c.rpartition('</think>')[2] %}{% endif %}"
+          "{{ '<|' + m['role'] + '|>' + c + '<|end|>' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}")
+
+
+def test_a_template_that_opens_a_thought(tmp_path, folder):
+    """The thought is people's to learn from: it goes on where the prompt has opened it."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": THINKS}))
+    rows = [{"prompt": "Take \"abc\", reverse it.", "answer": "<think>Backwards.</think>cba"},
+            {"prompt": "Take \"noto\", reverse it.", "answer": "oton"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--model", str(folder), "--device", "cpu", "--data", str(tmp_path / "rows.jsonl"),
+             "--iterations", "1", "--epochs", "1", "--answer-tokens", "24"]
+    done = command(spin, tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert "opens a thought" in done.stdout
+    game = spin.set_up(spin.parse_args(words))
+    texts = {row.query[6:10]: game.tokenizer.decode(prompt[-9:] + ids) for row, prompt, ids
+             in zip(game.data, game.prompts, game.answers)}
+    assert texts["abc\""].endswith("<think>\nBackwards.</think>cba")
+    assert texts["noto"].endswith("<think>\n\n</think>\n\noton")
+    assert all(ids[-1] in game.player.end_ids for ids in game.answers)
 
 
 def test_generation_prompt_is_the_training_prompt(tiny, monkeypatch):
@@ -310,9 +369,9 @@ def test_generation_prompt_is_the_training_prompt(tiny, monkeypatch):
     Prompt and answer together are the conversation as the template writes it.
     """
     model, tokenizer = tiny
-    data = [([user("Add 1 and 2.")], "3"), ([user('Take "abc", repeat it.')], "abcabc")]
-    prompts, answers = encode(tokenizer, data, model.end_ids, 32)
-    for (messages, text), prompt, answer in zip(data, prompts, answers):
+    rows = [([user("Add 1 and 2.")], "3"), ([user('Take "abc", repeat it.')], "abcabc")]
+    prompts, answers = encode(tokenizer, rows, model.end_ids, 32)
+    for (messages, text), prompt, answer in zip(rows, prompts, answers):
         conversation = [*messages, {"role": "assistant", "content": text}]
         assert prompt + answer == tokenizer.chat(conversation, add_generation_prompt=False)
     asked, trained = [], []
@@ -340,8 +399,8 @@ def test_answers_are_written_as_the_template_writes_them(tmp_path, tiny):
     settings = json.loads((ROOT / "tiny" / "tokenizer_config.json").read_text())
     trims = settings["chat_template"].replace("m['content']", "m['content'] | trim")
     tokenizer = Tokenizer(copy_tokenizer(tmp_path, chat_template=trims))
-    data = [([user("Add 1 and 2.")], " 3 \n")]
-    prompts, answers = encode(tokenizer, data, tiny[0].end_ids, 32)
+    rows = [([user("Add 1 and 2.")], " 3 \n")]
+    prompts, answers = encode(tokenizer, rows, tiny[0].end_ids, 32)
     assert answers == [tokenizer.encode("3") + [min(tiny[0].end_ids)]]
 
 
@@ -376,19 +435,16 @@ def test_text_in_the_data_stays_text(tiny):
 
 def test_the_default_data_is_the_start_s_own(tiny):
     """It is the Solver's part of the set of recipes/train_tiny.py. Nothing in it is held out."""
-    data = spin.language_data(200)
-    assert len(data) == 200 and data == spin.language_data(300)[:200]
-    assert not any(language.is_held_out(messages[0]["content"]) for messages, _ in data)
-    assert all(language.solve(messages[0]["content"]) == text for messages, text in data)
+    rows = spin.language_data(200)
+    assert len(rows) == 200 and rows == spin.language_data(300)[:200]
+    assert not any(language.is_held_out(row.query) for row in rows)
+    assert all(language.solve(row.query) == row.answer for row in rows)
     drawn = [messages for part, messages, _ in language.fine_tuning_set(400) if part == "solver"]
-    assert drawn[:200] == [messages for messages, _ in data]
+    assert drawn[:200] == [row.messages for row in rows]
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
-
-TINY = ("--model", str(ROOT / "tiny"), "--device", "cpu")
-
 
 def run(folder, *flags):
     return command(spin, folder, *TINY, *flags)
@@ -481,6 +537,11 @@ def test_what_each_iteration_is_played_with(tmp_path):
     assert schedule(*real) == [[0.1, 0.1, 0.1, 5.0], [5e-7, 5e-7, 1e-7, 1e-7]]
     done = command(spin, tmp_path, *real[:2])
     assert done.returncode == 2 and "name --data" in done.stderr
+
+
+def test_skipping_rows_needs_data():
+    with pytest.raises(UserError, match="--skip-bad-rows is about --data"):
+        spin.parse_args([*TINY, "--skip-bad-rows"])
 
 
 def test_more_numbers_than_iterations_are_refused():

@@ -1,0 +1,174 @@
+"""Data that people bring: what is read, what is refused with its line, what is left out."""
+import json
+import re
+
+import pytest
+
+from support import data
+from support.console import UserError
+from support.data import read_data, read_instructions
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_both_forms_of_data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    chat = [{"role": "system", "content": "s"}, user("u"), {"role": "assistant", "content": "a"},
+            user("later")]
+    lines = [json.dumps({"prompt": "p", "answer": "b"}), "", json.dumps({"messages": chat}),
+             json.dumps({"question": "p", "answer": "c"})]
+    path.write_text("\n".join(lines))
+    assert read_data(path) == [([user("p")], "b", 1), (chat[:2], "a", 3), ([user("p")], "c", 4)]
+    assert [row.query for row in read_data(path)] == ["p", "u", "p"]
+    path.write_text("\n".join(lines), encoding="utf-8-sig")  # a byte order mark does no harm
+    assert len(read_data(path)) == 3
+
+
+def test_a_line_may_hold_any_letter(tmp_path):
+    """Some programs take U+2028 as the end of a line. In JSONL it is not."""
+    path = tmp_path / "data.jsonl"
+    line = json.dumps({"prompt": "a\u2028b", "answer": "c\u0085"}, ensure_ascii=False) + "\n"
+    path.write_text(line * 2, encoding="utf-8")
+    assert [row[:2] for row in read_data(path)] == 2 * [([user("a\u2028b")], "c\u0085")]
+
+
+GOOD = '{"prompt": "p", "answer": "a"}'
+
+
+@pytest.mark.parametrize("second, says", [
+    ("not json", "line 2: not JSON"),
+    ("[1]", "line 2: expected an object"),
+    ('{"prompt": "p"}', 'line 2: expected an object with "prompt" and "answer"'),
+    ('{"prompt": "p", "answer": ""}', "line 2: an empty"),
+    ('{"prompt": "p", "answer": 3}', "line 2: every message needs a text"),
+    ('{"messages": []}', "line 2: the first turn"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2: the first turn"),
+    ('{"messages": 5}', "line 2: every message"),
+    ("[" * 100000, "line 2: not JSON"),
+    ('{"prompt": "a\\ud800", "answer": "b"}', "line 2: half of a surrogate pair"),
+    ('{"prompt": "a", "answer": "b\\udfff"}', "line 2: half of a surrogate pair"),
+    ("", "1 line of data"),
+])
+def test_bad_data_is_one_line_with_its_number(tmp_path, second, says):
+    path = tmp_path / "data.jsonl"
+    path.write_text(GOOD + "\n" + second + "\n")
+    with pytest.raises(UserError, match=says) as error:
+        read_data(path)
+    assert "\n" not in str(error.value)
+
+
+def test_data_that_is_no_text_is_one_line(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe")
+    for name in ("data.jsonl", "missing.jsonl"):
+        with pytest.raises(UserError, match=f"{name}: not readable as text") as error:
+            read_data(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_instructions_in_alpaca_evals_format(tmp_path):
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps([{"instruction": "Add.", "dataset": "sums", "output": "3"},
+                                {"instruction": "Say."}]))
+    assert read_instructions(path) == [
+        ("Add.", {"instruction": "Add.", "dataset": "sums"}),
+        ("Say.", {"instruction": "Say.", "dataset": "all"})]
+
+
+def test_an_alpaca_row_is_asked_with_its_input(tmp_path):
+    """What the task is about is part of the query. Both stand apart in the file of outputs."""
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps([{"instruction": "Reverse this.", "input": "abc", "output": "cba"},
+                                {"instruction": "Say.", "input": ""}]))
+    assert read_instructions(path) == [
+        ("Reverse this.\n\nabc",
+         {"instruction": "Reverse this.", "dataset": "all", "input": "abc"}),
+        ("Say.", {"instruction": "Say.", "dataset": "all"})]
+
+
+def test_other_files_of_instructions(tmp_path, capsys):
+    """JSONL, a byte order mark, other names of the question, and MT-Bench's turns."""
+    path = tmp_path / "set.jsonl"
+    rows = [{"prompt": "a"}, {"question": "b"},
+            {"question_id": 81, "category": "writing", "turns": ["c", "and then?"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
+    found = read_instructions(path)
+    assert [query for query, _ in found] == ["a", "b", "c"]
+    assert found[2][1] == {"instruction": "c", "dataset": "writing"}
+    assert "only the first turn of each entry is asked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, says", [
+    ("{", "not readable as JSON, nor as one object a line"),
+    ("[" * 100000, "not readable as JSON, nor as one object a line"),
+    ("[]", 'expected a list of objects with "instruction" and "dataset"'),
+    ('{"text": "a", "id": 3}', 'entry 0 has no "instruction"; its keys are: text, id; known are'),
+    ('[{"turns": []}]', 'entry 0 has no "instruction"'),
+    ('[{"instruction": "a", "input": 3}]', "entry 0 has no"),
+    ("3", "expected a list"),
+    ('[{"instruction": "a"}, 3]', 'entry 1 has no "instruction"'),
+    ('[{"instruction": "a"}, {"instruction": 3}]', 'entry 1 has no "instruction"'),
+    ('[{"instruction": " "}]', 'entry 0 has no "instruction"'),
+    ('[{"instruction": "a\\ud800"}]', "entry 0: half of a surrogate pair"),
+])
+def test_bad_instructions_are_one_line(tmp_path, text, says):
+    (tmp_path / "set.json").write_text(text)
+    with pytest.raises(UserError, match=says) as error:
+        read_instructions(tmp_path / "set.json")
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad rows are found before anything is played
+
+def write(path, *texts):
+    path.write_text("\n".join(texts) + "\n")
+    return path
+
+
+def test_bad_lines_are_named_or_left_out(tmp_path, capsys):
+    path = write(tmp_path / "data.jsonl", GOOD, "no json", GOOD, '{"prompt": " ", "answer": "a"}')
+    with pytest.raises(UserError, match="line 2: not JSON.*; also bad: 4; .*--skip-bad-rows"):
+        read_data(path)
+    assert [row.line for row in read_data(path, skip_bad=True)] == [1, 3]
+    assert "line 2: not JSON" in (said := capsys.readouterr().err) and "left out: 2 rows" in said
+
+
+def reader(messages):
+    """Ids of a conversation for a model that reads letters, and refuses system messages."""
+    if messages[0]["role"] == "system":
+        raise UserError("the chat template failed: no system messages here")
+    return list(messages[-1]["content"])
+
+
+@pytest.mark.parametrize("bad, why", [
+    ([user("x" * 9)], "9 tokens and up to 2 of an answer .* than the model's context of 10"),
+    ([{"role": "system", "content": "s"}, user("y")], "no system messages here"),
+    ([user("")], "the chat template writes nothing for it"),
+])
+def test_every_row_is_measured_before_the_first_step(bad, why, capsys):
+    """What is too long, refused by the template or empty is named by its line, or left out."""
+    rows = [data.Row([user("x" * 8)], "a", 1), data.Row(bad, "a", 2), data.Row([user("z")], "b", 5)]
+    with pytest.raises(UserError, match=f"^--data f, line 2: .*{why}; mend it, or leave"):
+        data.measured(rows, [(reader, 10)], 2, "--data f, line", False)
+    found = data.measured(rows, [(reader, 10)], 2, "--data f, line", True)
+    assert found == [(rows[0], list("x" * 8)), (rows[2], ["z"])]
+    assert re.search(why, capsys.readouterr().err)
+    with pytest.raises(UserError, match="no row is left"):
+        data.measured(rows[1:2], [(reader, 10)], 2, "--data f, line", True)
+
+
+def test_a_row_must_fit_into_each_model_that_reads_it():
+    """The referee's context is smaller than the player's here."""
+    rows = [data.Row([user("abcd")], "a", 7)]
+    reads = [(reader, 100), (lambda messages: reader(messages) + [0], 6)]
+    with pytest.raises(UserError, match="line 7: 5 tokens and up to 2 .* context of 6"):
+        data.measured(rows, reads, 2, "--data f, line", False)
+    assert data.measured(rows, reads, 1, "--data f, line", False) == [(rows[0], list("abcd"))]
+
+
+def test_what_a_reward_may_ask_for():
+    asked, known = [user("a")], [user("b")]
+    assert data.columns([data.Row(asked), data.Row(known, "3", 1)]) == {"messages": [asked, known]}
+    assert data.columns([data.Row(known, "3")]) == {"messages": [known], "answer": ["3"]}
