@@ -199,8 +199,12 @@ class PairJudge:
 
     def _ids(self, query, a, b):
         question = self.QUESTION.format(query=query, a=a, b=b)
-        room = self.model.config.context - len(self.lead)  # what is too long is cut from behind
-        return self.tokenizer.chat([{"role": "user", "content": question}], room=room) + self.lead
+        ids = self.tokenizer.chat([{"role": "user", "content": question}])
+        over = len(ids) + len(self.lead) - self.model.config.context
+        if over > 0 and a + b:  # both answers are cut alike: the request stands behind them
+            left = max(0, (len(a) + len(b) - over) // 2)
+            return self._ids(query, a[:left], b[:left])
+        return ids + self.lead
 
 
 def duel(ours, theirs, queries, referee=None, judge=None):
@@ -282,32 +286,35 @@ def duel_command(args):
         raise console.UserError(f"{args.outputs} exists already: choose another --outputs, nothing "
                                 "was touched")
     queries, rows = zip(*data.read_instructions(args.instructions))
-    for name in (args.model, args.against):  # what does not fit shows before hours of answering
-        folder = files.find(runs.model_folder(name))
-        asked = [data.Row([{"role": "user", "content": query}], None, i + 1)
-                 for i, query in enumerate(queries)]
-        reads = [(Tokenizer(folder).chat, read_config(folder)[0].context)]
-        data.measured(asked, reads, args.answer_tokens,
-                      f"--instructions {args.instructions}, entry")
+    asked = [data.Row([{"role": "user", "content": query}], None, i + 1)
+             for i, query in enumerate(queries)]
     dtype, referee, judge = machine.DTYPES[args.dtype], None, None
     # The judge first: whatever is wrong with it shows before hours of answering.
     if args.reward:
         referee = load_referee(args.reward, args.device, dtype=dtype)
     else:
         judge = PairJudge(*load(runs.model_folder(args.judge), args.device, dtype))
-    outputs, cut = [], {}
+    for name in (args.model, args.against):  # what does not fit shows before hours of answering
+        folder = files.find(runs.model_folder(name))
+        reads = [(Tokenizer(folder).chat, read_config(folder)[0].context)]
+        if hasattr(referee, "ids"):
+            reads.append((lambda asked: referee.ids(asked, ""), referee.model.config.context))
+        data.measured(asked, reads, args.answer_tokens,
+                      f"--instructions {args.instructions}, entry")
+    outputs, spoken, cut = [], [], {}
     for name in (args.model, args.against):
         model, tokenizer = load(runs.model_folder(name), args.device, dtype)
         answers = sampled(model, tokenizer, queries, 1, 0, 0, args.answer_tokens)
         cut[name] = sum(ids[-1] not in model.end_ids for ids, in answers) / len(answers)
         outputs.append([tokenizer.decode(ids) for ids, in answers])
+        spoken.append([tokenizer.spoken(text) for text in outputs[-1]])  # without its thoughts
         del model
         if len(outputs) == 1:  # as alpaca_eval reads it
             written = [row | {"output": text, "generator": Path(name).name}
                        for row, text in zip(rows, outputs[0])]
             text = json.dumps(written, indent=2, ensure_ascii=False)
             Path(args.outputs).write_text(text + "\n", encoding="utf-8")
-    wins = duel(*outputs, queries, referee, judge)
+    wins = duel(*spoken, queries, referee, judge)
     print(f"{args.model} against {args.against}")
     print(duel_table(wins, [row["dataset"] for row in rows]))
     print(f"answers cut at --answer-tokens {args.answer_tokens}: "

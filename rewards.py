@@ -204,8 +204,12 @@ class RewardModel:
 
     def ids(self, messages, answer):
         """A conversation and its answer. What is too long for the model is cut from behind."""
-        return self.tokenizer.chat([*messages, {"role": "assistant", "content": answer}],
-                                   add_generation_prompt=False, room=self.model.config.context)
+        ids = self.tokenizer.chat([*messages, {"role": "assistant", "content": answer}],
+                                  add_generation_prompt=False, room=self.model.config.context)
+        pad = self.model.raw.get("pad_token_id")  # transformers reads the last id that is no pad
+        while len(ids) > 1 and ids[-1] == pad:
+            ids.pop()
+        return ids
 
 
 class QualityReward:
@@ -267,7 +271,8 @@ class WrittenQuality:
             prompts = [self.ids(query, answer)
                        for query, group in zip(queries, different) for answer in group]
             found = sample_all(self.model, prompts, 1, self.max_new_tokens, 0)
-            grades = [self.parse(self.tokenizer.decode(ids)) for ids, in found]
+            verdicts = [self.tokenizer.decode(ids) for ids, in found]
+            grades = [self.parse(self.tokenizer.spoken(text)) for text in verdicts]
             self.malformed = grades.count(None) / len(grades)
             return torch.tensor([float(grade or 0) for grade in grades])
         with machine.resident(self.model):

@@ -225,8 +225,8 @@ def play(game, args):
                            args.temperature, game.generator)
             challenger = as_player([game.prompt], out)
             # A query is plain text of a user turn: nothing in it can become a special token.
-            rows = [data.Row([{"role": "user", "content": tokenizer.decode(ids)}])
-                    for ids in out.ids]
+            texts = [tokenizer.spoken(tokenizer.decode(ids)) for ids in out.ids]
+            rows = [data.Row([{"role": "user", "content": text}]) for text in texts]
         # A sampled text may have more tokens when it is encoded again: what is too long is cut.
         room = model.config.context - args.answer_tokens
         prompts = [tokenizer.chat(row.messages, room=room) for row in rows]
@@ -248,6 +248,8 @@ def score(game, rows, answers):
     """
     rows, answers = game.crew.share(rows), game.crew.share(answers)
     queries = [row.query for row in rows]
+    # A thought, <think>..</think>, is kept in the game. It is not part of what is graded.
+    answers = [[game.tokenizer.spoken(text) for text in group] for group in answers]
     reward = judged(game.referee, queries, answers, data.columns(rows))
     quality = torch.zeros_like(reward)
     if game.judge:

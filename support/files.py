@@ -12,8 +12,11 @@ from safetensors.torch import save_file
 from support.console import UserError, one_line
 
 MAX_FILE = 2**28  # bytes of a JSON file: far above any real one
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                   "generation_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                   "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
+                   "added_tokens.json")
+# Classes that transformers 5 builds anew, without tokenizer.json's normalizer and pre-tokenizer.
+BUILT_ANEW = ("LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
 
 
 def read_json(path):
@@ -41,7 +44,7 @@ def is_hub_name(name):
     return bool(fits) and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
-def find(name, patterns=("*.json", "*.jinja", "*.safetensors")):
+def find(name, patterns=("*.json", "*.jinja", "*.safetensors", "tokenizer.model")):
     """The folder of a model: a local folder as it is, a hub name fetched into the hub's cache.
 
     patterns: which files to fetch. Raises UserError where there is no such model.
@@ -82,14 +85,17 @@ def fetch(name, patterns):
 def check_config(raw, families, supported):
     """Raise UserError for a config.json's dict that our decoder would compute wrongly.
 
-    families: values of model_type that it can compute. supported: {key: the only value allowed}.
+    families: values of model_type that it can compute. supported: {key: the values allowed}.
     """
-    if raw.get("model_type") not in families:
+    if raw.get("model_type") not in list(families):
         raise UserError(f"model_type {raw.get('model_type')!r} is not supported; "
                         f"these are: {', '.join(families)}")
-    for key, value in supported.items():
-        if raw.get(key, value) != value:
-            raise UserError(f"config.json: {key} = {raw[key]!r} is not supported (only {value!r})")
+    for key, values in supported.items():
+        if key == "attention_bias" and raw["model_type"] == "qwen2":
+            continue  # it does not read this key
+        if raw.get(key, values[0]) not in values:
+            raise UserError(f"config.json: {key} = {raw[key]!r} is not supported (only "
+                            f"{values[0]!r})")
     rope = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or rope
     if not isinstance(scaling, dict) or not isinstance(rope, dict):
@@ -190,10 +196,18 @@ def end_ids(folder, raw, tokenizer, vocabulary):
     if not all(e is None or type(e) is int and 0 <= e < vocabulary for e in ends):
         raise UserError(f"{folder}: eos_token_id in generation_config.json is not an id of the "
                         "vocabulary, or several")
-    if tokenizer.size > vocabulary:
-        raise UserError(f"{folder}: the tokenizer's largest id is {tokenizer.size - 1}, the model "
-                        f"has {vocabulary} ids, from 0 on")
+    beyond = tokenizer.beyond(vocabulary)
+    if beyond:
+        raise UserError(f"{folder}: the tokenizer may write {beyond[0]!r}, whose id the model does "
+                        f"not have: it has {vocabulary} ids, from 0 on")
     return {e for e in ends if e is not None}
+
+
+def _keep_the_tokenizer(path):
+    """See that transformers 5 reads tokenizer.json as we do, whatever class the settings name."""
+    settings = read_json(path) if path.is_file() else {}
+    if settings.get("tokenizer_class") in BUILT_ANEW:
+        _write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def write_folder(folder, raw, tensors, copy_from, end_ids=None):
@@ -212,6 +226,7 @@ def write_folder(folder, raw, tensors, copy_from, end_ids=None):
         for name in TOKENIZER_FILES:
             if (copy_from / name).is_file() and copy_from.resolve() != folder.resolve():
                 shutil.copyfile(copy_from / name, folder / name)
+        _keep_the_tokenizer(folder / "tokenizer_config.json")
         path = folder / "generation_config.json"
         settings = read_json(path) if path.is_file() else {}
         named = settings.get("eos_token_id", raw.get("eos_token_id"))

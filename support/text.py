@@ -48,19 +48,28 @@ class Tokenizer:
             raise UserError(f"{date!r} is no date in ISO form, as 2026-11-25") from None
         self.template = _compile(folder, _read_template(folder, settings), now)
 
-    @property
-    def size(self):
-        """One more than the largest id. There may be gaps, so it is not the number of tokens."""
-        return 1 + max(self.text.get_vocab().values(), default=-1)
+    def beyond(self, vocabulary):
+        """The tokens that may be written and whose ids are not below `vocabulary`.
+
+        Special tokens come from the template alone. So one that it does not write, such as a [PAD]
+        that somebody added, does no harm.
+        """
+        user, assistant = ({"role": role, "content": "a"} for role in ("user", "assistant"))
+        try:
+            written = {*self.chat([user]), *self.chat([user, assistant], False)}
+        except UserError:  # a template that refuses such a conversation
+            written = set(self.special.values())
+        return sorted(token for token, i in self.text.get_vocab().items() if i >= vocabulary
+                      and (i in written or token not in self.special))
 
     def encode(self, text):
         """Ids of plain text: nothing in it becomes a special token, nothing is put around it."""
         self.text.encode_special_tokens = True
         return self._encode(text)
 
-    def _encode(self, text):
+    def _encode(self, text, tokenizer=None):
         try:
-            return self.text.encode(text, add_special_tokens=False).ids
+            return (tokenizer or self.text).encode(text, add_special_tokens=False).ids
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise UserError(f"the tokenizer cannot take {text[:40]!r} "
                             f"({one_line(error)})") from None
@@ -124,7 +133,17 @@ class Tokenizer:
             raise UserError(f"the tokenizer does not write {', '.join(words)} as one token each")
         return lead, ids
 
-    @property
+    def spoken(self, text):
+        """What a completion says to others: without the thought before it, <think>..</think>.
+
+        Nothing, where the thought was cut before it ended.
+        """
+        thought, tag, said = text.rpartition("</think>")
+        if not tag:
+            return "" if "<think>" in text or self.opens_thought else text
+        return said.lstrip("\n")
+
+    @cached_property
     def opens_thought(self):
         """Does the prompt for an answer leave a <think> open?"""
         return _opened(self._render([{"role": "user", "content": "a"}]))
@@ -208,13 +227,26 @@ class Tokenizer:
         if self.MARK not in text:  # nobody's text spells a special token
             self.text.encode_special_tokens = False
             return self._encode(text)
-        ids = []
+        ids, first = [], self.text
         for i, part in enumerate(self._split.split(text)):  # text, special, text, special, ..
             if i % 2:
                 ids.append(self.special[part])
             elif part:
-                ids += self.encode(part.replace(self.MARK, ""))
+                tokenizer = self._inside if ids else first
+                tokenizer.encode_special_tokens = True
+                ids += self._encode(part.replace(self.MARK, ""), tokenizer)
         return ids
+
+    @cached_property
+    def _inside(self):
+        """The tokenizer for a piece that does not begin a text: some put a space before those."""
+        settings = json.loads(self.text.to_str())
+        whole = settings.get("pre_tokenizer") or {}
+        first = [part for part in whole.get("pretokenizers", [whole])
+                 if part.get("prepend_scheme") == "first"]
+        for part in first:
+            part["prepend_scheme"] = "never"
+        return TextTokenizer.from_str(json.dumps(settings)) if first else self.text
 
     def _disarm(self, text):
         text = text.replace(self.MARK, "")  # a mark of the user's own would break up nothing

@@ -167,6 +167,16 @@ def test_open_instructions_from_the_command_line(tmp_path, tiny):
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_pair_that_is_too_long_is_cut_in_both_answers(tiny):
+    """The judge still sees the query, a piece of each answer, and what it is asked for."""
+    judge = PairJudge(*tiny)
+    ids = judge._ids("Add 1 and 2.", 450 * "a", 300 * "b")
+    text = tiny[1].decode(ids)
+    assert len(ids) <= 512
+    assert "Add 1 and 2." in text and text.endswith("Reply with one letter, A or B.")
+    assert 50 * "a" in text and 50 * "b" in text
+
+
 def test_a_duel_says_how_many_answers_were_cut(tmp_path):
     """Else a limit that cuts every answer looks like two equal models. An input is asked, too."""
     (tmp_path / "set.json").write_text(json.dumps([

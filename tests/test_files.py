@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from model import load, read_config
+from model import load, read_config, save
 from support import files
 from support.console import UserError
 
@@ -129,7 +129,8 @@ def test_stacking_by_hand():
 
 def test_where_the_end_tokens_are_read_from(tmp_path):
     """generation_config.json comes first, then config.json, then the tokenizer's own."""
-    tokenizer = SimpleNamespace(special={"</s>": 7}, names={"eos_token": "</s>"}, size=10)
+    tokenizer = SimpleNamespace(special={"</s>": 7}, names={"eos_token": "</s>"},
+                                beyond=lambda vocabulary: ["x"] * (vocabulary < 10))
 
     def read(generation, raw, vocabulary=10):
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
@@ -142,7 +143,7 @@ def test_where_the_end_tokens_are_read_from(tmp_path):
     for bad in (10, -1, "3", [3, 2.0], True):
         with pytest.raises(UserError, match="not an id of the vocabulary"):
             read({"eos_token_id": bad}, {})
-    with pytest.raises(UserError, match="the tokenizer's largest id is 9, the model has 9 ids"):
+    with pytest.raises(UserError, match="may write 'x', whose id the model does not have"):
         read({}, {"eos_token_id": 5}, 9)
 
 
@@ -159,13 +160,24 @@ def test_a_model_without_an_end_token_is_refused(folder):
         load(folder)
 
 
+def test_a_saved_tokenizer_is_read_by_transformers_as_by_us(folder, tmp_path):
+    """transformers 5 builds some classes anew and ignores a part of tokenizer.json."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for name, kept in (("LlamaTokenizer", "PreTrainedTokenizerFast"), ("Other", "Other")):
+        changed = settings | {"tokenizer_class": name}
+        (folder / "tokenizer_config.json").write_text(json.dumps(changed))
+        save(load(folder)[0], tmp_path / name)
+        saved = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert saved == settings | {"tokenizer_class": kept}
+
+
 def test_ids_may_have_gaps(folder):
     """The largest id counts, not how many there are."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
     vocab[max(vocab, key=vocab.get)] = 139  # 138 is no token now: there still are 139
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match="largest id is 139, the model has 139 ids"):
+    with pytest.raises(UserError, match="whose id the model does not have: it has 139 ids"):
         load(folder)
 
 
@@ -230,7 +242,8 @@ def test_a_name_may_hold_a_revision(monkeypatch, name, revision):
         return str(ROOT / "tiny")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load(name)[0].folder == ROOT / "tiny"
-    assert asked == [("org/model", revision, ["*.json", "*.jinja", "*.safetensors"])]
+    patterns = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+    assert asked == [("org/model", revision, patterns)]
     read_config(name)  # weights are not fetched where the settings are enough
     assert asked[1:] == [("org/model", revision, ["config.json"])]
 

@@ -128,6 +128,10 @@ SAME = {
     "as it is": both(),
     # The output matrix.
     "tied, and the same head": head(1.0),
+    "the base of the rotary positions in rope_scaling": config(
+        rope_scaling={"rope_type": "default", "rope_theta": 555.0}),
+    "two bases": config(rope_theta=555.0, rope_parameters={"rope_type": "default",
+                                                           "rope_theta": 5555.0}),
     "tied, and another head": head(-0.5),
     "untied, and a head": both(head(-0.5), config(tie_word_embeddings=False)),
     "untied, and the same head": both(head(1.0), config(tie_word_embeddings=False)),
@@ -174,6 +178,7 @@ SAME = {
     "new tokens in added_tokens.json": both(
         rows(160), change("added_tokens.json", **{"<x>": 150, "<|pad|>": 1, "Add": 140})),
     "a new pad token": both(rows(160), settings(pad_token="<pad>")),
+    "a new pad token that nobody writes, and no room": settings(pad_token="<pad>"),
     "a new extra token": both(rows(160), settings(extra_special_tokens=["<x>"])),
     "ids with a gap, and room": both(rows(160), last_id_is(150)),
     "a tokenizer that cuts and pads": tokens(lambda raw: raw.update(
@@ -215,12 +220,12 @@ REFUSED = {
         weights(lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})),
         "lack model.embed_tokens.weight"),
     "untied without a head": (config(tie_word_embeddings=False), "lack lm_head.weight"),
-    "a new token beyond the embedding": (
-        settings(extra_special_tokens=["<x>"]), "largest id is 139"),
-    "a named token beyond the embedding": (settings(pad_token="<pad>"), "largest id is 139"),
-    "a listed token beyond the embedding": (
-        settings(added_tokens_decoder={"139": token("<x>", special=True)}), "largest id is 139"),
-    "ids with a gap beyond the embedding": (last_id_is(139), "largest id is 139"),
+    "a token beyond the embedding that the template writes": (
+        both(settings(pad_token="<pad>", eos_token="<|end|>"), template("'<|end|>'", "pad_token")),
+        "may write '<pad>'"),
+    "a plain token beyond the embedding": (
+        settings(added_tokens_decoder={"139": token("<x>", special=False)}), "may write '<x>'"),
+    "ids with a gap beyond the embedding": (last_id_is(139), "does not have: it has 139 ids"),
     "listed tokens that are none": (settings(added_tokens_decoder=[1]), "not readable"),
     "extra tokens that are none": (settings(extra_special_tokens=[[1]]), "not readable"),
     "a map that is none": (

@@ -31,7 +31,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     pytest.param({"num_key_value_heads": 4}, id="ungrouped"),
     pytest.param({"num_key_value_heads": 1}, id="one kv head"),
     pytest.param({"head_dim": 16}, id="wide heads"),
-    pytest.param({"rope_scaling": LLAMA3, "rope_theta": 500000.0}, id="llama3 rope"),
+    pytest.param({"rope_scaling": dict(LLAMA3), "rope_theta": 500000.0}, id="llama3 rope"),
     pytest.param({"model_type": "mistral", "sliding_window": 48}, id="mistral"),
     pytest.param({"model_type": "mistral", "sliding_window": None}, id="mistral without window"),
     pytest.param({"model_type": "qwen2", "tie_word_embeddings": True}, id="qwen2"),
@@ -53,7 +53,7 @@ def test_parity_with_transformers(tmp_path, transformers, changes):
     peer.save_pretrained(tmp_path / "peer")
     copy_tokenizer(tmp_path / "peer")
     with pytest.MonkeyPatch.context() as patch:  # it has 50 ids, fewer than the borrowed tokenizer
-        patch.setattr(text.Tokenizer, "size", 50)
+        patch.setattr(text.Tokenizer, "beyond", lambda self, vocabulary: [])
         ours, _ = load(tmp_path / "peer")
     ids = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -94,13 +94,28 @@ def test_llama3_rope_slows_long_waves_only():
     ("mistral", {"sliding_window": 16}, {"sliding_window": 16}),
     ("mistral", {"sliding_window": None}, {}),
     ("qwen2", {"sliding_window": 16}, {"qkv_bias": True}),  # its window is off unless asked for
-    ("qwen2", {"sliding_window": 16, "use_sliding_window": True},
+    ("qwen2", {"sliding_window": 16, "use_sliding_window": True}, {"qkv_bias": True}),
+    ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
      {"qkv_bias": True, "sliding_window": 16}),
+    ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "head_dim": 8,
+               "layer_types": ["full_attention", "sliding_attention"]},
+     {"qk_norm": True, "sliding_window": 16}),
+    ("llama", {"sliding_window": 16}, {}),
+    ("mistral", {"sliding_window": 16, "use_sliding_window": False}, {"sliding_window": 16}),
+    # What transformers takes where a key is absent.
+    ("mistral", {"sliding_window": ..., "max_position_embeddings": ..., "num_key_value_heads": ...,
+                 "num_attention_heads": 8},
+     {"sliding_window": 4096, "max_position_embeddings": 131072, "num_key_value_heads": 8,
+      "num_attention_heads": 8}),
+    ("qwen3", {"head_dim": ...}, {"qk_norm": True, "head_dim": 128}),
+    ("qwen2", {"attention_bias": True, "hidden_act": "swish", "pretraining_tp": 2},
+     {"qkv_bias": True}),
     ("qwen3", {"head_dim": 16}, {"qk_norm": True, "head_dim": 16}),
 ])
 def test_settings_of_each_family(family, changes, expected):
     """A family differs from Llama in what `expected` names, and in nothing else."""
-    config = config_from_json(small_config(model_type=family, **changes))
+    raw = small_config(model_type=family, **changes)
+    config = config_from_json({key: value for key, value in raw.items() if value is not ...})
     assert vars(config) == vars(config_from_json(small_config())) | expected
     assert config.context == expected.get("sliding_window", 64)
 

@@ -126,6 +126,24 @@ def test_reward_model_equals_transformers(tmp_path, tiny, transformers, family):
             peer(torch.tensor([ids])).logits.item(), abs=1e-4)
 
 
+def test_the_reward_is_read_before_the_padding(tmp_path, transformers):
+    """Where the pad token ends a turn, too, transformers reads the last token that is no pad."""
+    torch.manual_seed(0)
+    settings = small_config(vocab_size=200, max_position_embeddings=128, initializer_range=0.3,
+                            num_labels=1, pad_token_id=3)  # 3: the end of a turn
+    config = transformers.AutoConfig.for_model(**settings)
+    peer = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    peer.save_pretrained(tmp_path)
+    copy_tokenizer(tmp_path)
+    referee = RewardModel(tmp_path)
+    ids = referee.tokenizer.chat([{"role": "user", "content": "Add 2 and 3."},
+                                  {"role": "assistant", "content": "5"}], False)
+    with torch.no_grad():
+        theirs = peer(torch.tensor([ids])).logits.item()
+    assert ids[-1] == 3
+    assert referee(["Add 2 and 3."], [["5"]]).item() == pytest.approx(theirs, abs=1e-4)
+
+
 def test_a_model_without_a_score_head_is_refused():
     with pytest.raises(UserError, match="no reward model"):
         load_referee(str(ROOT / "tiny"))

@@ -521,19 +521,24 @@ def test_what_may_be_written_must_fit_into_the_context(tmp_path, flags):
     assert "and a model's context is 512: try a smaller --query-tokens" in done.stderr
 
 
-def test_the_referee_gets_each_rows_conversation_and_answer(tmp_path):
-    """Two conversations of the data have the same last message, and not the same answer."""
+def test_the_referee_gets_each_rows_conversation_and_answer(tiny):
+    """Two conversations of the data have the same last message, and not the same answer.
+
+    Thoughts are kept in the game, but not graded. One that was cut says nothing.
+    """
     chats = [[{"role": "system", "content": base}, {"role": "user", "content": "Add 5 and 5."}]
              for base in "AB"]
     rows = [data.Row(chats[0], "10", 1), data.Row(chats[1], "1010", 2)]
-    seen = []
+    seen, graded = [], []
 
     def referee(queries, answers, messages, answer):
         seen.append((queries, messages, answer))
+        graded.append(answers)
         return [[1.0] * len(group) for group in answers]
-    game = game_of(None, None, referee=referee)
-    selfplay.score(game, rows, [["a", "b"], ["c", "d"]])
+    game = game_of(None, None, referee=referee, tokenizer=tiny[1])
+    selfplay.score(game, rows, [["a", "<think>5 + 5</think>\n\n10"], ["<think>5 + ", "d"]])
     assert seen == [(["Add 5 and 5."] * 2, chats, ["10", "1010"])]
+    assert graded == [[["a", "10"], ["", "d"]]]
 
 
 def test_a_run_made_to_fail_says_so(tmp_path, monkeypatch):

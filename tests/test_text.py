@@ -431,6 +431,43 @@ def test_a_conversation_is_cut_to_the_room_there_is(tmp_path, tiny):
     assert len(tokenizer.chat(long, room=least + 4)) == least + 4
 
 
+def test_what_a_completion_says_to_others(tiny, tmp_path):
+    """A thought is left out. One that was cut before it ended says nothing."""
+    tokenizer = tiny[1]
+    for text, said in (("5", "5"), ("<think>2 + 3</think>\n\n5", "5"), ("<think>2 +", ""),
+                       ("a</think>b</think>c", "c"), ("", "")):
+        assert tokenizer.spoken(text) == said
+    template = ("{% for m in messages %}{{ m.content }}{% endfor %}"
+                "{% if add_generation_prompt %}<think>{% endif %}")
+    opened = Tokenizer(copy_tokenizer(tmp_path, chat_template=template))
+    assert opened.opens_thought and not tokenizer.opens_thought
+    assert (opened.spoken("2 + 3</think>5"), opened.spoken("2 + 3")) == ("5", "")
+
+
+def test_a_space_before_the_first_word_stays_before_the_first_word(tmp_path):
+    """Newer sentencepiece-like tokenizers put a space before a text, and not after each token.
+
+    Somebody's text that spells a special token changes nothing in the other pieces.
+    """
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "</s>", "\u2581a", "a", "b", "<", "/", "s",
+                                                 ">", "\u2581"])}
+    built = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<unk>"))
+    built.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex("\u2581?[a-z<>/]"), "isolated")])
+    built.add_special_tokens(["</s>"])
+    copy_tokenizer(tmp_path, chat_template="{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    built.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+
+    def tokens(*texts):
+        ids = tokenizer.chat([{"role": "user", "content": text} for text in texts])
+        return "".join(tokenizer.text.id_to_token(i) for i in ids).replace("\u2581", "_")
+    assert tokens("a", "b") == "_a</s>b</s>"
+    assert tokens("a", "b</s>b") == "_a</s>b</s>b</s>"
+    assert tokenizer.chat([{"role": "user", "content": "b</s>b"}]).count(1) == 1
+
+
 def test_half_a_letter_is_refused_in_one_line(tiny):
     with pytest.raises(UserError, match="the tokenizer cannot take"):
         tiny[1].encode("a\ud800")
