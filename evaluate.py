@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import load, read_config, sample_all
+from model import groups, load, read_config, sample_all
 from rewards import ExactReward, judged, last_states, load_referee
 from support import console, data, files, machine, report, runs
 from support.text import Tokenizer
@@ -40,7 +40,9 @@ def answer(model, tokenizer, queries, samples=1, temperature=1.0, seed=0, max_ne
 def sampled(model, tokenizer, queries, samples, temperature, seed, max_new_tokens):
     """`answer` as ids: N lists of lists. One without an end token was cut."""
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
-    prompts = [tokenizer.chat([{"role": "user", "content": query}]) for query in queries]
+    room = model.config.context - max_new_tokens  # what is too long is cut from behind
+    prompts = [tokenizer.chat([{"role": "user", "content": query}], room=room)
+               for query in queries]
     return sample_all(model, prompts, samples, max_new_tokens, temperature, generator)
 
 
@@ -182,7 +184,7 @@ class PairJudge:
 
     def __init__(self, model, tokenizer):
         """Raises UserError where the two letters are not single tokens."""
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.cut = model, tokenizer, set()
         question = [{"role": "user", "content": "A or B?"}]
         # lead: what a template or a tokenizer puts between a prompt and the letter; mostly nothing.
         self.lead, letters = tokenizer.choices(question, "AB")
@@ -191,19 +193,21 @@ class PairJudge:
     @torch.no_grad()
     def __call__(self, queries, ours, theirs):
         """[n]: 1 where our answer is better, 0 where theirs is, 1/2 where the orders disagree."""
-        rows = [[self._ids(query, x, y), self._ids(query, y, x)]
+        rows = [[self.ids(query, x, y), self.ids(query, y, x)]
                 for query, x, y in zip(queries, ours, theirs)]
         logits = F.linear(last_states(self.model, rows), self.model.head[self.letters])
         says_a = logits.argmax(-1).view(-1, 2) == 0  # [n, 2]
         return (says_a[:, 0].float() + (~says_a[:, 1]).float()).cpu() / 2
 
-    def _ids(self, query, a, b):
+    def ids(self, query, a, b):
+        """What the judge is asked. What is too long is cut in both answers alike, and counted."""
         question = self.QUESTION.format(query=query, a=a, b=b)
         ids = self.tokenizer.chat([{"role": "user", "content": question}])
         over = len(ids) + len(self.lead) - self.model.config.context
         if over > 0 and a + b:  # both answers are cut alike: the request stands behind them
+            self.cut.add((query, a, b))
             left = max(0, (len(a) + len(b) - over) // 2)
-            return self._ids(query, a[:left], b[:left])
+            return self.ids(query, a[:left], b[:left])
         return ids + self.lead
 
 
@@ -214,7 +218,9 @@ def duel(ours, theirs, queries, referee=None, judge=None):
     """
     if judge:
         return judge(queries, ours, theirs)
-    rewards = judged(referee, queries, [list(pair) for pair in zip(ours, theirs)])
+    # Some at a time: a user's function has a time limit for each call.
+    parts = groups(list(zip(queries, map(list, zip(ours, theirs)))), 64)
+    rewards = torch.cat([judged(referee, *map(list, zip(*part))) for part in parts])  # [n, 2]
     ties = (rewards[:, 0] == rewards[:, 1]).float()
     return (rewards[:, 0] > rewards[:, 1]).float() + 0.5 * ties
 
@@ -222,8 +228,8 @@ def duel(ours, theirs, queries, referee=None, judge=None):
 def duel_table(wins, sets):
     """A text table of wins [n] by set and overall: ties as half, and as losses (LSP's paper)."""
     lines = [f"{'win rate, %':<24}{'ties as half':>20}{'ties as losses':>22}{'ties':>8}"]
-    for name in [*dict.fromkeys(sets), "overall"]:
-        own = wins[torch.tensor([name in ("overall", s) for s in sets])]
+    each = {name: wins[torch.tensor([name == s for s in sets])] for name in dict.fromkeys(sets)}
+    for name, own in [*each.items(), ("overall", wins)]:
         half, lost = percent(normal(own)), percent(normal((own == 1).float()))
         ties = 100 * (own == 0.5).float().mean()
         lines.append(f"{f'{name} (n={len(own)})':<24}{half:>20}{lost:>22}{ties:7.1f}%")
@@ -282,6 +288,9 @@ def duel_command(args):
     if args.reward in ("exact", "math"):
         raise console.UserError(f"--reward {args.reward} knows no answers to open instructions: "
                                 "name a reward model or file.py:function")
+    if not Path(args.outputs).resolve().parent.is_dir():
+        raise console.UserError(f"--outputs {args.outputs}: expected a file's path in a folder "
+                                "that exists")
     if Path(args.outputs).exists():
         raise console.UserError(f"{args.outputs} exists already: choose another --outputs, nothing "
                                 "was touched")
@@ -292,13 +301,17 @@ def duel_command(args):
     # The judge first: whatever is wrong with it shows before hours of answering.
     if args.reward:
         referee = load_referee(args.reward, args.device, dtype=dtype)
+        console.asked_for(referee, {})  # it gets queries and answers alone
     else:
         judge = PairJudge(*load(runs.model_folder(args.judge), args.device, dtype))
     for name in (args.model, args.against):  # what does not fit shows before hours of answering
         folder = files.find(runs.model_folder(name))
-        reads = [(Tokenizer(folder).chat, read_config(folder)[0].context)]
+        tokenizer = Tokenizer(folder)
+        reads = [(lambda row: tokenizer.chat(row.messages), read_config(folder)[0].context)]
         if hasattr(referee, "ids"):
-            reads.append((lambda asked: referee.ids(asked, ""), referee.model.config.context))
+            reads.append((lambda row: referee.ids(row.messages, ""), referee.model.config.context))
+        if judge:
+            reads.append((lambda row: judge.ids(row.query, "", ""), judge.model.config.context))
         data.measured(asked, reads, args.answer_tokens,
                       f"--instructions {args.instructions}, entry")
     outputs, spoken, cut = [], [], {}
@@ -319,6 +332,8 @@ def duel_command(args):
     print(duel_table(wins, [row["dataset"] for row in rows]))
     print(f"answers cut at --answer-tokens {args.answer_tokens}: "
           + ", ".join(f"{100 * share:.1f} % of {name}" for name, share in cut.items()))
+    if judge and judge.cut:
+        print(f"too long for the judge, which saw cut answers: {len(judge.cut)}")
     print(f"answers: {args.outputs}")
 
 
@@ -357,7 +372,7 @@ def asked_alike(names, count):
             # A start that is not here from where we stand, or one that another run began from, too.
             if name == "start" and (not folder.is_dir() or folder in folders):
                 continue
-            model, tokenizer = load(folder)
+            model, tokenizer = load(folder, date=settings.get("date"))
             if queries is None:
                 queries = questions(run, tokenizer, count)
             if not queries:

@@ -482,10 +482,11 @@ def logprobs(model, packed, temperature=1.0, chunk=1024):
 # --------------------------------------------------------------------------------------------------
 # Files in Hugging Face layout
 
-def load(name, device="cpu", dtype=torch.float32, date=None):
+def load(name, device="cpu", dtype=torch.float32, date=None, variables=None):
     """(model, tokenizer) of a folder, or of a model on the hub: "org/name" or "org/name@revision".
 
-    date: what the chat template takes for now, in ISO form; None: this moment.
+    date: what the chat template takes for now, in ISO form; None: this moment. variables: others
+    that it reads, {name: value}.
     Nothing is fetched unless `name` is no folder and looks like a hub name. The model carries
     `end_ids` (set of int), `folder` (Path) and `raw` (config.json as it was read, but untied where
     the weights hold an output matrix of their own: transformers uses it, too).
@@ -504,8 +505,8 @@ def load(name, device="cpu", dtype=torch.float32, date=None):
     weights = files.stack(folder, weights, weight_names(config), shapes)
     model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
     model.cos, model.sin = rope_table(config)
-    tokenizer = Tokenizer(folder, date)
-    model.folder, model.raw = folder, raw
+    tokenizer = Tokenizer(folder, date, variables)
+    model.folder, model.raw, model.variables = folder, raw, tokenizer.variables
     model.end_ids = files.end_ids(folder, raw, tokenizer, config.vocab_size)
     end = None if config.score_head else tokenizer.turn_end
     if end is not None and end not in model.end_ids:
@@ -537,7 +538,8 @@ def save(model, folder):
     raw = model.raw | {"torch_dtype": dtype}
     if "dtype" in raw:  # its name in newer files
         raw["dtype"] = dtype
-    files.write_folder(folder, raw, tensors, model.folder, getattr(model, "end_ids", None))
+    files.write_folder(folder, raw, tensors, model.folder, getattr(model, "end_ids", None),
+                       getattr(model, "variables", None))
 
 
 def read_config(name):

@@ -175,12 +175,12 @@ class RewardModel:
     The reward is read at the last token of the conversation, as its own chat template writes it.
     """
 
-    def __init__(self, name, device="cpu", dtype=torch.float32, date=None, micro_batch=4096):
+    def __init__(self, name, device="cpu", dtype=torch.float32, template=(), micro_batch=4096):
         """name: folder or hub name. Raises UserError for a model without a score head.
 
-        date: see model.load.
+        template: model.load's date and variables.
         """
-        self.model, self.tokenizer = load(name, device, dtype, date)
+        self.model, self.tokenizer = load(name, device, dtype, *template)
         self.micro_batch = micro_batch
         if not self.model.config.score_head:
             raise console.UserError(f"{name} is no reward model: its architecture is not "
@@ -299,19 +299,19 @@ def names_model(spec):
     return ":" not in spec and (Path(spec).is_dir() or files.is_hub_name(spec))
 
 
-def load_referee(spec, device="cpu", data=None, dtype=torch.float32, **settings):
+def load_referee(spec, device="cpu", data=None, dtype=torch.float32, template=(), tokens=4096):
     """The referee that --reward names. Raises UserError.
 
     spec: "exact", "math" (against data's known answers), "file.py:function", or a reward model's
-    folder or hub name. A file's code is run: name only files that you trust. settings: a
-    RewardModel's date and micro_batch.
+    folder or hub name. A file's code is run: name only files that you trust. template, tokens: a
+    RewardModel's template and micro_batch.
     """
     if spec == "exact":
         return ExactReward()
     if spec == "math":
         return MathReward(data)
     if names_model(spec):
-        return RewardModel(spec, device, dtype, **settings)
+        return RewardModel(spec, device, dtype, template, tokens)
     return console.users_function(spec, "--reward", "reward",
                                   "exact, math, file.py:function or a reward model")
 
@@ -331,8 +331,10 @@ def judged(referee, queries, answers, columns={}):
 def numbers(values, shape, who):
     """What somebody's function returned, as float32 of this shape on the CPU. Raises UserError."""
     try:
+        if isinstance(values, torch.Tensor) and values.is_complex():
+            raise TypeError("complex numbers")
         values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise console.UserError(f"{who} returned {type(values).__name__}, not numbers of shape "
                                 f"{shape}") from None
     if list(values.shape) != shape:

@@ -46,9 +46,9 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from model import Llama, generate, groups, load, logprobs, pack, read_config, save
+from model import ROOM, Llama, generate, groups, load, logprobs, pack, read_config, save
 from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model, numbers
-from support import console, data, learning, machine, record, report, runs
+from support import console, data, files, learning, machine, record, report, runs
 from support.text import Tokenizer
 from tiny import language
 
@@ -336,12 +336,13 @@ SETTINGS = [
      "the referee: exact (the embedded language's solver), math (the number that an answer comes "
      "to, against --data's), file.py:function, or a reward model's folder or hub name"),
     ("--data", str, None, None,
-     'for grpo: JSONL with "prompt" or "question", and "answer", or a chat\'s "messages"; without '
-     "it: the embedded language's instructions"),
+     "for grpo: a file (JSONL, JSON, CSV, Parquet) or hub dataset in one of the shapes of "
+     "support/data.py; without it: the embedded language's instructions"),
     ("--task", str, None, None,
      "with a real model: what the Challenger writes an input for; without it: its own judgement"),
     ("--template", str, None, None,
      "with a real model: a form with placeholders that the Challenger fills in"),
+    runs.SPLIT,
     runs.SKIP_BAD_ROWS,
     ("--pay", str, "minimax", "minimax",
      f"what the Challenger is paid for a query: {', '.join(PAY)}, or file.py:function of (query "
@@ -352,6 +353,7 @@ SETTINGS = [
     ("--temperature", NUMBER, 1.0, 1.0, "of sampling and of training alike"),
     ("--query-tokens", COUNT, 48, 256, "longest query"),
     runs.ANSWER_TOKENS,
+    runs.TEMPLATE_ARGS,
     "the loss",
     ("--lr", NUMBER, 1.5e-4, 3e-6,
      "learning rate of AdamW (grpo with a real model: 1e-06); it rises for 20 steps, then falls "
@@ -379,6 +381,12 @@ SETTINGS = [
 ]
 
 
+# Flags that mean nothing in a game: they are refused there.
+IDLE = {"grpo": ("--pay", "--alpha-ch", "--kl-challenger", "--query-tokens", "--quality", "--judge",
+                 "--task", "--template"),
+        "lsp-zero": ("--quality", "--judge")}
+
+
 def parse_args(argv=None):
     """The settings of a command line. Raises UserError, or exits with 2, where one is refused."""
     about = "selfplay.py", "Language Self-Play: a Llama that learns from questions of its own."
@@ -390,6 +398,7 @@ def parse_args(argv=None):
         lower = {"lr": 1e-6} if args.game == "grpo" else {}
         args = console.parse(SETTINGS, argv, *about, real=True, **lower)
     args.model = str(runs.model_folder(args.model))  # a run's folder stands for its model
+    console.refuse_idle(argv, args.game, IDLE)
     refuse(args, real)
     return args
 
@@ -399,6 +408,7 @@ def refuse(args, real):
     grpo, foreign = args.game == "grpo", f"{args.model} does not speak the embedded language"
     if args.run is not None:
         runs.check_name(args.run)
+    console.assignments(args.template_args)
     for refused, why in (
             (real and grpo and not args.data, f"{foreign}: name --data for it to answer"),
             (real and args.reward in (None, "exact"),
@@ -412,7 +422,16 @@ def refuse(args, real):
             (not real and (args.task or args.template),
              "--task and --template are for models that do not speak the embedded language: this "
              "one has its own Challenger's prompt"),
-            (grpo and args.pay != "minimax", "--pay is the Challenger's, and --game grpo has none"),
+            (args.pay in PAY and args.pay != "minimax" and names_model(args.reward or ""),
+             f"--pay {args.pay} is for rewards between 0 and 1; a reward model's have no bounds"),
+            (args.answers == 1,
+             "--answers 1 teaches nothing: an answer is compared with the others of its group, so "
+             "alone its advantage is always 0"),
+            (args.queries == 1 and not grpo and args.alpha_ch > 0,
+             "--queries 1 teaches the Challenger nothing: a query is compared with the others of "
+             "its step, so alone its advantage is always 0; if you want that, --alpha-ch 0"),
+            (args.kl_form != "k3" and args.kl == args.kl_challenger == 0,
+             "--kl-form is the form of the KL term, which --kl 0 and --kl-challenger 0 leave out"),
             (args.skip_bad_rows and not args.data, "--skip-bad-rows is about --data: name one"),
             (args.data and not grpo,
              "--data is for --game grpo: in the other games the Challenger writes the queries"),
@@ -428,26 +447,26 @@ def refuse(args, real):
 def set_up(args, device, crew=machine.Crew()):
     """The Game of these settings: models loaded, referee and judge ready. Raises UserError."""
     dtype, alone = machine.DTYPES[args.dtype], crew.size == 1
-    machine.check_memory(plan(args, crew), device, args.dry_run, crew.size)
-    runs.check_disk(args, read_config(args.model)[1], optimizer_floats=2, models=1)
+    template = args.date, console.assignments(args.template_args)
     # Data, referee and pay first: what is wrong with them shows before a large model is loaded.
-    rows = data.read_data(args.data, args.skip_bad_rows) if args.data else None
-    referee = load_referee(args.reward, device, rows, dtype, date=args.date,
-                           micro_batch=args.micro_batch)
+    rows, longest = questions(args, template)
+    machine.check_memory(plan(args, crew, longest), device, args.dry_run, crew.size)
+    runs.check_disk(args, read_config(args.model)[1], optimizer_floats=2, models=1)
+    referee = load_referee(args.reward, device, rows, dtype, template, args.micro_batch)
     console.asked_for(referee, data.columns(rows or [data.Row([])]))  # is all at hand?
     pay = PAY.get(args.pay) or console.users_function(
-        args.pay, "--pay", "pay", f"{', '.join(PAY)} or file.py:function")
+        args.pay, "--pay", "pay", f"{', '.join(PAY)} or file.py:function", given=3)
     # Several processes share the weights out, and each begins with all of them on the CPU. There
     # the reference is loaded anew, so that each process holds one whole copy at a time.
     where = (device, dtype) if alone else ("cpu", torch.float32)
-    model, tokenizer = load(args.model, *where, args.date)
+    model, tokenizer = load(args.model, *where, *template)
     model.recompute = args.low_memory
     start = learning.fingerprint(model, rows)
     if alone:
         reference = copy.deepcopy(model).requires_grad_(False)
     else:
         machine.shard(model, device, dtype)
-        reference = load(args.model, *where, args.date)[0].requires_grad_(False)
+        reference = load(args.model, *where, *template)[0].requires_grad_(False)
         machine.shard(reference, device, dtype)
     if alone and args.low_memory and device.startswith("cuda"):
         for frozen in [reference] + ([referee.model] if names_model(args.reward) else []):
@@ -459,15 +478,15 @@ def set_up(args, device, crew=machine.Crew()):
         judge = WrittenQuality(reference, tokenizer)
     if args.game != "grpo":
         prompt = challenger_prompt(tokenizer, args.task, args.template)
-    reads = [(tokenizer.chat, model.config.context)]
+    reads = [(lambda row: tokenizer.chat(row.messages), model.config.context)]
     if names_model(args.reward):
-        reads.append((lambda asked: referee.ids(asked, ""), referee.model.config.context))
+        reads.append((lambda row: referee.ids(row.messages, ""), referee.model.config.context))
     if rows:
-        played = data.measured(rows, reads, args.answer_tokens, f"--data {args.data}, line",
-                               args.skip_bad_rows)
-        rows = [row for row, _ in played]
-    elif prompt:
+        rows = data.fitting(args, rows, reads)
+    else:
         data.check_longest(args, prompt, reads, judge)
+    for switch in tokenizer.unset:
+        console.note(f"the chat template reads {switch}, and --template-args does not set it")
     optimizer = learning.optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0,
                                        fused=True)
     # No two processes may play the same games, and all must draw the same instructions.
@@ -482,16 +501,31 @@ def set_up(args, device, crew=machine.Crew()):
                 judge, start, crew)
 
 
-def plan(args, crew=machine.Crew()):
-    """The memory_plan of these settings, for each process, before any weights are loaded."""
+def questions(args, template):
+    """(the Rows of --data, or None; tokens of the longest prompt). No weights are loaded yet."""
+    if not args.data:
+        return None, args.query_tokens + 64
+    tokenizer = Tokenizer(files.find(args.model), *template)
+    rows = data.read_data(args.data, args.skip_bad_rows, args.split)
+    reads = [(lambda row: tokenizer.chat(row.messages), read_config(args.model)[0].context)]
+    rows = data.fitting(args, rows, reads)
+    return rows, max(len(tokenizer.chat(row.messages)) for row in rows)
+
+
+def plan(args, crew=machine.Crew(), longest=None):
+    """The memory_plan of these settings, for each process, before any weights are loaded.
+
+    longest: tokens of the longest prompt.
+    """
     config, own = read_config(args.model)
     asked = read_config(args.reward)[1] if names_model(args.reward) else 0
     offloaded = args.low_memory and args.device.startswith("cuda")
+    positions = (longest or args.query_tokens + 64) + args.answer_tokens
+    sampled = max(args.queries * args.answers * positions, ROOM * (args.judge == "written"))
     return machine.memory_plan(config, machine.DTYPES[args.dtype], own, optimizer_floats=2,
-                               rows=args.queries * args.answers,
-                               positions=args.query_tokens + args.answer_tokens + 64,
-                               tokens=args.micro_batch, recompute=args.low_memory,
-                               frozen=[own, asked], offloaded=offloaded, processes=crew.size)
+                               rows=1, positions=sampled, tokens=args.micro_batch,
+                               recompute=args.low_memory, frozen=[own, asked],
+                               offloaded=offloaded, processes=crew.size)
 
 
 def dry_run(game, args):

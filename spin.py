@@ -117,21 +117,24 @@ def player_trains(game, args, it, optimizer, skip=0):
 def spin_gradients(player, pairs, ref, lam, args):
     """Add the gradient of the mean loss over a batch of pairs; ref [n, 2]. Returns its figures.
 
-    {"loss", "margin", "logprob_answer", "logprob_rival"}. Where answer and rival are the same, the
-    margin is 0 whatever the player does. Such a pair counts in the loss, as a constant, and is not
-    computed. The other three figures are means over the rest.
+    {"loss", "margin", "accuracy", "logprob_answer", "logprob_rival"}. accuracy: the share of pairs
+    whose margin is above 0, where the player tells people's answer from the opponent's. Where
+    answer and rival are the same, the margin is 0 whatever the player does. Such a pair counts in
+    the loss, as a constant, and is not computed. The other figures are means over the rest.
     """
     different = [i for i, pair in enumerate(pairs) if pair.answer != pair.rival]
     constant = (len(pairs) - len(different)) * LOSS[args.loss](torch.zeros(())).item()
-    total = torch.tensor([constant, 0.0, 0.0, 0.0])
+    total = torch.tensor([constant, 0.0, 0.0, 0.0, 0.0])
     ref = ref[different]
     for here, lp in pair_logprobs(player, [pairs[i] for i in different], args.micro_batch):
         loss = spin_loss(lp, ref[here], lam, args.loss).sum()
         (loss / len(pairs)).backward()
-        margin = spin_margin(lp.detach(), ref[here], lam).sum()
-        total += torch.stack([loss.detach(), margin, *lp.detach().sum(0)]).cpu()
-    mean = total / torch.tensor([len(pairs)] + 3 * [max(1, len(different))])
-    return dict(zip(("loss", "margin", "logprob_answer", "logprob_rival"), mean.tolist()))
+        margin = spin_margin(lp.detach(), ref[here], lam)  # [n]
+        figures = [loss.detach(), margin.sum(), (margin > 0).sum(), *lp.detach().sum(0)]
+        total += torch.stack(figures).cpu()
+    mean = total / torch.tensor([len(pairs)] + 4 * [max(1, len(different))])
+    names = ("loss", "margin", "accuracy", "logprob_answer", "logprob_rival")
+    return dict(zip(names, mean.tolist()))
 
 
 def sft_gradients(player, pairs, args):
@@ -205,15 +208,14 @@ def language_data(count):
             for i, messages in enumerate(solver[:count], 1)]
 
 
-def encode(tokenizer, rows, end_ids, limit):
+def cut_answers(replies, limit):
     """(people's answers as lists of ids, how many were cut).
 
-    An answer's ids are those that the template writes after the prompt, so they begin and end as
-    the opponent's would. An answer over `limit` tokens is cut and has no end token, as the
-    opponent's: it must not teach to end there.
+    replies: an answer's ids are those that the template writes after the prompt (Tokenizer.reply),
+    so they begin and end as the opponent's would. One over `limit` tokens is cut and has no end
+    token, as the opponent's: it must not teach to end there.
     """
-    whole = [tokenizer.reply(row.messages, row.answer, end_ids) for row in rows]
-    return [ids[:limit] for ids in whole], sum(len(ids) > limit for ids in whole)
+    return [ids[:limit] for ids in replies], sum(len(ids) > limit for ids in replies)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ def pair_logprobs(model, pairs, micro_batch):
         yield here, total.view(-1, 2)[here]
 
 
-PART = 1024  # so many pairs at a time are laid out
+PART = 64  # so many pairs at a time: then a run can stop
 
 
 @torch.no_grad()
@@ -276,8 +278,9 @@ SETTINGS = [
      "sft: the baseline, fine-tuning on the same answers with as many updates"),
     runs.MODEL,
     ("--data", str, None, None,
-     'JSONL with "prompt" or "question", and "answer", or a chat\'s "messages"; without it: the '
-     "embedded default's fine-tuning set, answered right"),
+     "a file (JSONL, JSON, CSV, Parquet) or hub dataset in one of the shapes of support/data.py; "
+     "without it: the embedded default's fine-tuning set, answered right"),
+    runs.SPLIT,
     runs.SKIP_BAD_ROWS,
     ("--iterations", COUNT, 4, 4, "how often the player becomes the opponent"),
     ("--pairs", COUNT, 5000, 50000,
@@ -285,6 +288,7 @@ SETTINGS = [
     ("--epochs", COUNT, 2, 2, "over an iteration's pairs: its own, and the last iteration's"),
     ("--batch", COUNT, 64, 64, "pairs an update"),
     runs.ANSWER_TOKENS,
+    runs.TEMPLATE_ARGS,
     "the loss",
     ("--loss", tuple(LOSS), "logistic", "logistic", "of the margin, in spin"),
     ("--lam", [NUMBER], [1.0, 1.0, 1.0, 2.0], [0.1, 0.1, 0.1, 5.0],
@@ -294,6 +298,9 @@ SETTINGS = [
      "peak learning rate of RMSProp; one number an iteration, as --lam"),
     *runs.SETTINGS,
 ]
+
+
+IDLE = {"sft": ("--lam", "--loss")}  # flags that mean nothing in a game: they are refused there
 
 
 def parse_args(argv=None):
@@ -309,6 +316,7 @@ def parse_args(argv=None):
     if real and not args.data:
         raise console.UserError(f"{args.model} does not speak the embedded language: name --data "
                                 "to learn from")
+    console.refuse_idle(argv, args.game, IDLE)
     if args.skip_bad_rows and not args.data:
         raise console.UserError("--skip-bad-rows is about --data: name one")
     for name in ("lam", "lr"):
@@ -329,7 +337,7 @@ def set_up(args):
     """The Game of these settings: model loaded, data encoded, nothing played. Raises UserError."""
     machine.check_device(args.device)
     if args.data:
-        rows = data.read_data(args.data, args.skip_bad_rows)
+        rows = data.read_data(args.data, args.skip_bad_rows, args.split)
     else:
         rows = language_data(args.pairs * args.iterations)
     (config, count), dtype = read_config(args.model), machine.DTYPES[args.dtype]
@@ -337,14 +345,19 @@ def set_up(args):
                                tokens=args.micro_batch, recompute=args.low_memory)
     machine.check_memory(plan, args.device)
     runs.check_disk(args, count, optimizer_floats=1, models=args.iterations + 1)
-    player, tokenizer = load(args.model, args.device, dtype, args.date)
+    variables = console.assignments(args.template_args)
+    player, tokenizer = load(args.model, args.device, dtype, args.date, variables)
     player.recompute = args.low_memory
-    rows = data.measured(rows, [(tokenizer.chat, config.context)], args.answer_tokens,
-                         f"--data {args.data}, line", args.skip_bad_rows)
+    reads = [(lambda row: tokenizer.chat(row.messages), config.context),
+             (lambda row: tokenizer.reply(row.messages, row.answer, player.end_ids), None)]
+    found = data.measured(rows, reads, args.answer_tokens,
+                          f"--data {args.data}, line" if args.data else "instruction",
+                          args.skip_bad_rows if args.data else None)
     rng = random.Random(args.seed)
-    rng.shuffle(rows)
-    rows, prompts = zip(*rows)
-    answers, cut = encode(tokenizer, rows, player.end_ids, args.answer_tokens)
+    rng.shuffle(found)
+    rows = [row for row, _ in found]
+    prompts = [prompt for _, (prompt, _) in found]
+    answers, cut = cut_answers([reply for _, (_, reply) in found], args.answer_tokens)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     return Game(player, tokenizer, rows, prompts, answers, cut, generator, rng,
                 learning.fingerprint(player, rows))
@@ -419,7 +432,8 @@ def play_iteration(run, game, args, it, optimizer, update, rates, began, stop):
             place = {"step": it.before + update, "iteration": it.number, "tokens": 0}
             run.metrics.write(json.dumps(place | row) + "\n")
             bar.update()
-            shown = [f"{key} {row[key]:.3f}" for key in ("loss", "margin") if key in row]
+            shown = [f"{key} {row[key]:.3f}" for key in ("loss", "margin", "accuracy")
+                     if key in row]
             bar.set_postfix_str("  ".join(shown))
             if run.due(update) and update < updates:
                 checkpoint(run, game, it, optimizer, update, rates)
@@ -465,9 +479,10 @@ def opponents_turn(run, game, args, it, optimizer, rates, stop):
     Returns the Iteration, unfinished where it was stopped.
     """
     def keep(it):
-        if stop or run.late():
+        asked = bool(stop)  # once: a signal may come between two looks
+        if asked or run.late():
             checkpoint(run, game, it, optimizer, 0, rates)
-        return bool(stop)
+        return asked
     it = opponent_plays(game, args, it, keep)
     if it.ref is None:
         own = own_pairs(it)
@@ -558,6 +573,8 @@ def main(argv=None):
                 shutil.rmtree(unfinished, ignore_errors=True)  # of a stop before
                 finished = t == args.iterations - 1
                 if stop and not finished:
+                    after = new_iteration(game, args, t + 1, last, made)
+                    checkpoint(run, game, after, rmsprop(game.player), 0, rates)
                     print(f"stopped after iteration {t}: "
                           f"python spin.py --resume {run.folder} goes on")
                     break

@@ -4,6 +4,7 @@ import errno
 import functools
 import importlib.util
 import inspect
+import json
 import os
 import signal
 import sys
@@ -127,6 +128,31 @@ def parse(table, argv, command, description, real=False, **defaults):
     return parser.parse_args(argv)
 
 
+def refuse_idle(argv, game, idle):
+    """Raise UserError for a flag that means nothing in this game. idle: {game: its such flags}.
+
+    argv: list of words, None for the process's own.
+    """
+    for word in sys.argv[1:] if argv is None else argv:
+        if (flag := word.partition("=")[0]) in idle.get(game, ()):
+            raise UserError(f"{flag} means nothing in --game {game}: leave it out")
+
+
+def assignments(words, flag="--template-args"):
+    """{name: value} of words name=value, with values in JSON. Raises UserError."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        try:
+            if not (equals and name.isidentifier()):
+                raise ValueError("expected name=value")
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UserError(f"{flag} {word}: expected name=value with a value in JSON, such as "
+                            'enable_thinking=false or style="short"') from None
+    return found
+
+
 def _how_to_parse(kind):
     if kind is bool:
         return {"action": "store_true"}
@@ -207,10 +233,10 @@ def load_function(path, name, flag):
     return getattr(module, name)
 
 
-def users_function(spec, flag, what, expected):
+def users_function(spec, flag, what, expected, given=2):
     """The function that "file.py:function" names, guarded. The other words are for the errors.
 
-    Raises UserError.
+    given: how many arguments it will get by their place. Raises UserError.
     """
     path, _, name = spec.rpartition(":")
     if not path and Path(spec).is_file():
@@ -218,7 +244,19 @@ def users_function(spec, flag, what, expected):
     if not path or not Path(path).is_file():
         raise UserError(f"{flag} {spec}: expected {expected}, and no file or folder "
                                 f"{(path or spec)!r} is here")
-    return guarded(load_function(path, name, f"{flag} {spec}"), what)
+    function = load_function(path, name, f"{flag} {spec}")
+    try:
+        wanted = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some built-in functions do not tell
+        return guarded(function, what)
+    by_place = [p for p in wanted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(by_place) < given and not any(p.kind is p.VAR_POSITIONAL for p in wanted):
+        raise UserError(f"{flag} {spec}: it takes {len(by_place)} arguments, and would get {given}")
+    names = [p.name for p in by_place[:2]]
+    if names and (names[0] in ("answers", "completions") or set(names) & {"answer", "messages"}):
+        raise UserError(f"{flag} {spec}: its first two arguments are the queries and the answers, "
+                        f"by their place, and it calls them {' and '.join(names)}")
+    return guarded(function, what)
 
 
 def guarded(function, what="reward"):

@@ -1,19 +1,42 @@
-"""Data that people bring: questions with answers, chats, instructions."""
+"""Data that people bring: questions with answers, chats, instructions, as they come."""
+import csv
+import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from support.console import UserError, note, progress
+from support import files
+from support.console import UserError, note, one_line, progress
 
-# Where an instruction file has the question: of several, the first that a row has.
-QUESTION = ("instruction", "prompt", "question", "turns")
+# The shapes of a row that are known, by the columns that hold it: one with a whole conversation, or
+# one with the question and one with the answer. Of several that fit, the first is taken.
+SHAPES = {
+    "messages": ["messages"],  # chats, as UltraChat has them
+    "ShareGPT": ["conversations"],
+    "SPIN": ["real"],  # the human side; "generated" is left out
+    "preferences": ["chosen"],  # the better side; "rejected" is left out
+    "Alpaca": ["instruction", "output"],  # and perhaps "input", which belongs to the question
+    "prompt and completion": ["prompt", "completion"],  # TRL's: texts, or lists of messages
+    "prompt and answer": ["prompt", "answer"],
+    "question and answer": ["question", "answer"],  # GSM8K
+    "problem and solution": ["problem", "solution"],  # MATH
+    "query and response": ["query", "response"],
+    "question and response": ["question", "response"],  # OpenOrca, with its "system_prompt"
+}
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
+LEFT_OUT = {"generated", "rejected"}  # columns of the shapes above that are not people's answers
+
+# Where a file of open instructions has the question: of several, the first that a row has.
+QUESTION = ("instruction", "prompt", "question", "query", "problem", "turns")
 
 
 class Row(NamedTuple):
     """A question of the data, with the answer that people gave."""
     messages: list  # the conversation up to the question: [{"role": .., "content": ..}, ..]
     answer: str | None = None  # None where the Challenger asked
-    line: int | None = None  # of its file, from 1
+    line: int | None = None  # its number in the file, from 1
+    others: dict = {}  # its other columns, as they came
 
     @property
     def query(self):
@@ -22,39 +45,56 @@ class Row(NamedTuple):
 
 
 def columns(rows):
-    """{"messages": [N], "answer": [N]}: what a reward may ask for by name, where it is known."""
+    """{name: N values}: what a reward may ask for by name. Without what not every row has.
+
+    They are "messages", "answer", and the data's own columns.
+    """
+    names = [set(row.others) for row in rows]
+    shared = set.intersection(*names) - {"messages", "answer"}
     found = {"messages": [row.messages for row in rows], "answer": [row.answer for row in rows]}
+    found |= {name: [row.others[name] for row in rows] for name in sorted(shared)}
     return {name: values for name, values in found.items() if None not in values}
 
 
-def read_data(path, skip_bad=False):
-    """The Rows of a JSONL file.
+# --------------------------------------------------------------------------------------------------
+# Rows
 
-    A line holds "prompt" (or "question") and "answer", or a chat's "messages". Of a chat the first
-    turn is used, as in SPIN's paper, with the system message before it if there is one.
-    Raises UserError with the number of the first bad line, or leaves bad lines out, with a note.
+def read_data(name, skip_bad=False, split="train"):
+    """The Rows of a file, or of a dataset on the hub (owner/name). Says what it has read.
+
+    A row has one of SHAPES. Of a chat the first turn is used, as in SPIN's paper, with the system
+    message before it if there is one. split: which part of a hub dataset.
+    Raises UserError with the number of the first bad row, or leaves bad rows out, with a note.
     """
-    rows, bad = [], []
-    for i, line in enumerate(read_lines(path, f"--data {path}"), 1):
-        if line.strip():
-            try:
-                rows.append(Row(*read_line(line), i))
-            except UserError as error:
-                bad.append((i, str(error)))
-    sort_out(f"--data {path}, line", bad, skip_bad)
+    where = f"--data {name}"
+    rows, bad, shapes = [], [], Counter()
+    for i, values in read_rows(name, where, split):
+        try:
+            shape, messages, answer = read_row(values)
+            used = {*SHAPES[shape], *LEFT_OUT}
+            others = {key: value for key, value in values.items() if key not in used}
+            rows.append(Row(messages, answer, i, others))
+            shapes[shape] += 1
+        except UserError as error:
+            bad.append((i, str(error)))
+    sort_out(f"{where}, line", bad, skip_bad)
     if len(rows) < 2:
-        raise UserError(f"--data {path}: {len(rows)} line{'s' * (len(rows) != 1)} of data; at "
-                        "least 2 are needed, each an object on its own line")
+        raise UserError(f"{where}: {len(rows)} row{'s' * (len(rows) != 1)} of data; at least 2 are "
+                        "needed")
+    say_what_was_read(where, rows, shapes)
     return rows
 
 
-def read_lines(path, where):
-    """The lines of a text file in UTF-8, with or without a byte order mark. Raises UserError."""
-    try:
-        # splitlines() would also cut at U+2028, inside a text.
-        return Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not readable as text ({error})") from None
+def say_what_was_read(where, rows, shapes):
+    """One line: shapes, rows, and questions that have several different answers."""
+    answers = {}
+    for row in rows:
+        answers.setdefault(repr(row.messages), set()).add(row.answer)
+    several = sum(len(found) > 1 for found in answers.values())
+    more = f"; {several} questions have several different answers, and each row keeps its own"
+    names = ", ".join(f"{shape} ({count:,})" if len(shapes) > 1 else shape
+                      for shape, count in shapes.items())
+    note(f"{where}: {len(rows):,} rows of shape {names}{more if several else ''}")
 
 
 def sort_out(where, bad, skip_bad):
@@ -75,21 +115,22 @@ def sort_out(where, bad, skip_bad):
 
 
 def measured(rows, reads, longest, where, skip_bad=None):
-    """[(Row, its prompt as ids)]: each row as a model will read it, before anything is played.
+    """[(Row, what each reader made of it)]: every row is read before anything is played.
 
-    reads: [(ids_of(messages), context)], one for each model that reads it; the first one answers.
-    longest: tokens that an answer may have. where, skip_bad: see sort_out. Raises UserError for
-    rows that a chat template refuses, or that do not fit, or leaves them out, with a note.
+    reads: [(ids_of(row), context)], one for each model that reads it, with context None where any
+    length will do; the first one answers. longest: tokens that an answer may have. where, skip_bad:
+    see sort_out. Raises UserError for rows that a chat template refuses, or that do not fit, or
+    leaves them out, with a note.
     """
     good, bad = [], []
     bar = progress("reading the data", len(rows), "row")
     for row in rows:
         bar.update()
         try:
-            found = [(ids_of(row.messages), most) for ids_of, most in reads]
+            found = [(ids_of(row), most) for ids_of, most in reads]
             why = [f"{len(ids)} tokens and up to {longest} of an answer (--answer-tokens) are more "
                    f"than the model's context of {most}"
-                   for ids, most in found if len(ids) + longest > most]
+                   for ids, most in found if most and len(ids) + longest > most]
             if not found[0][0]:
                 why.append("the chat template writes nothing for it")
         except UserError as error:
@@ -97,7 +138,7 @@ def measured(rows, reads, longest, where, skip_bad=None):
         if why:
             bad.append((row.line, why[0]))
         else:
-            good.append((row, found[0][0]))
+            good.append((row, [ids for ids, _ in found]))
     bar.close()
     sort_out(where, bad, skip_bad)
     if not good:
@@ -105,15 +146,23 @@ def measured(rows, reads, longest, where, skip_bad=None):
     return good
 
 
-def check_longest(args, prompt, reads, judge):
-    """Raise UserError if the Challenger's longest query, or an answer to it, might not fit.
+def fitting(args, rows, reads):
+    """Those of --data's rows that all readers can read: see `measured`."""
+    found = measured(rows, reads, args.answer_tokens, f"--data {args.data}, line",
+                     args.skip_bad_rows)
+    return [row for row, _ in found]
 
-    prompt: the Challenger's, as ids. reads: see `measured`. judge: its `ids` say what it reads.
+
+def check_longest(args, prompt, reads, judge):
+    """Raise UserError if the longest query, or an answer to it, might not fit.
+
+    prompt: the Challenger's, as ids; None without one. reads: see `measured`. judge: its `ids` say
+    what it reads.
     (Decoded and encoded again, a text may be longer still. Then it is cut.)
     """
-    nothing, both = [{"role": "user", "content": ""}], args.query_tokens + args.answer_tokens
+    nothing, both = Row([{"role": "user", "content": ""}]), args.query_tokens + args.answer_tokens
     context = reads[0][1]
-    needs = [(len(prompt) + args.query_tokens, context)]
+    needs = [(len(prompt or []) + args.query_tokens, context)]
     needs += [(len(ids_of(nothing)) + both, most) for ids_of, most in reads]
     if hasattr(judge, "ids"):  # one that writes also needs room for its verdict
         verdict = getattr(judge, "max_new_tokens", 0)
@@ -125,66 +174,169 @@ def check_longest(args, prompt, reads, judge):
                             f"is {most}: try a smaller --query-tokens or --answer-tokens")
 
 
-def read_line(line):
-    """(messages, answer) of one line of a JSONL file. Raises UserError."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise UserError("not JSON; one object a line is expected") from None
-    if not isinstance(row, dict):
-        row = {}
-    prompt = "prompt" if "prompt" in row else "question"
-    if "messages" in row:
-        messages = row["messages"]
-    elif prompt in row and "answer" in row:
-        messages = [{"role": "user", "content": row[prompt]},
-                    {"role": "assistant", "content": row["answer"]}]
+def read_row(values):
+    """(shape, messages, answer) of a row, a dict of its columns. Raises UserError."""
+    if isinstance(values, NotJson):
+        raise UserError("not JSON; a list of objects, or one object a line, is expected")
+    if not isinstance(values, dict):
+        raise UserError(f"expected an object with columns, not {type(values).__name__}")
+    there = {key for key, value in values.items() if value is not None}
+    shape = next((name for name, needed in SHAPES.items() if there >= set(needed)), None)
+    if shape is None:
+        known = "; ".join(" + ".join(needed) for needed in SHAPES.values())
+        raise UserError(f"its columns are {', '.join(map(str, values)) or 'none'}; known are: "
+                        f"{known}")
+    question, answer = SHAPES[shape][0], values[SHAPES[shape][-1]]
+    alone = len(SHAPES[shape]) == 1
+    if alone and (isinstance(answer, list) or "prompt" not in there):
+        turns = answer  # the whole conversation
     else:
-        raise UserError('expected an object with "prompt" and "answer", or with "messages"')
-    if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        raise UserError("every message needs a text")
-    if not all(is_text(m["content"]) for m in messages):
-        raise UserError("half of a surrogate pair, which is no text")
-    roles = [m.get("role") for m in messages]
+        prompt = values["prompt" if alone else question]
+        given = values.get("input")  # Alpaca's: what the question is about
+        if isinstance(given, str) and given.strip():
+            prompt = f"{prompt}\n\n{given}"
+        turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        turns = turns + (answer if isinstance(answer, list)
+                         else [{"role": "assistant", "content": answer}])
+    messages = as_messages(turns)
+    system = values.get("system") or values.get("system_prompt")
+    if system and messages and messages[0]["role"] != "system":
+        messages = as_messages([{"role": "system", "content": system}]) + messages
+    roles = [m["role"] for m in messages]
     turn = 3 if roles[:1] == ["system"] else 2
     if roles[:turn] != ["system", "user", "assistant"][-turn:]:
         raise UserError("the first turn must be a user's message and the assistant's answer")
     *prompt, answer = messages[:turn]
     if not prompt[-1]["content"].strip() or not answer["content"].strip():
         raise UserError("an empty prompt or answer")
-    return [{"role": m["role"], "content": m["content"]} for m in prompt], answer["content"]
+    return shape, prompt, answer["content"]
+
+
+def as_messages(turns):
+    """[{"role", "content"}] of a conversation as it comes. Raises UserError.
+
+    ShareGPT says "from" and "value". A content may be a number, or a list of text parts.
+    """
+    if not isinstance(turns, list) or not all(isinstance(m, dict) for m in turns):
+        raise UserError("a conversation must be a list of messages")
+    found = []
+    for m in turns:
+        role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+        if isinstance(content, list) and all(
+                isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            content = "".join(part["text"] for part in content)
+        if isinstance(content, (int, float)) and not isinstance(content, bool):
+            content = str(content)
+        if not isinstance(content, str):
+            raise UserError("every message needs a text")
+        if not is_text(content):
+            raise UserError("half of a surrogate pair, which is no text")
+        found.append({"role": ROLES.get(role, role) if isinstance(role, str) else None,
+                      "content": content})
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+def read_rows(name, where, split="train"):
+    """[(number, columns)] of all rows of a file or a hub dataset, from 1. Raises UserError.
+
+    JSONL, a JSON list, .csv, or .parquet, which needs pyarrow.
+    """
+    if files.is_hub_name(name):
+        found = []
+        for path in hub_files(name, split):
+            found += [values for _, values in read_rows(path, f"{where}, {path.name}")]
+        return list(enumerate(found, 1))
+    path = Path(name)
+    if path.suffix == ".parquet":
+        return list(enumerate(_parquet(path, where), 1))
+    text = read_text(path, where)
+    if path.suffix == ".csv":
+        return list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 1))
+    try:
+        values = json.loads(text)
+        return list(enumerate(values if isinstance(values, list) else [values], 1))
+    except (ValueError, RecursionError):
+        pass  # no single value: one object a line
+    # splitlines() would also cut at U+2028, inside a text.
+    return [(i, _json_line(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def read_text(path, where):
+    """A text file in UTF-8, with or without a byte order mark. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: not readable as text ({error})") from None
+
+
+class NotJson:
+    """Stands for a line that is not JSON: `read_row` names it among the bad rows."""
+
+
+def _json_line(line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return NotJson()
+
+
+def _parquet(path, where):
+    try:
+        import pyarrow.parquet  # an optional extra
+    except ImportError:
+        raise UserError(f"{where}: reading .parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{where}: not readable as Parquet ({one_line(error)})") from None
+
+
+def hub_files(name, split):
+    """The data files of one split of a hub dataset, fetched into the hub's cache. UserError.
+
+    split: "train", or "main/train" where a dataset has several folders.
+    """
+    folder = files.fetch(str(name), ["*.parquet", "*.jsonl", "*.json", "*.csv"], "dataset")
+    there = sorted(path for path in folder.rglob("*")
+                   if path.suffix in (".parquet", ".jsonl", ".json", ".csv"))
+    named = [str(path.relative_to(folder)) for path in there]
+    found = [path for path, full in zip(there, named) if split in full]
+    folders = sorted({str(path.parent.relative_to(folder)) for path in found})
+    if len(folders) > 1:
+        raise UserError(f"--data {name}: --split {split} is in several folders: choose one, such "
+                        f"as --split {folders[0]}/{split}")
+    if not found:
+        raise UserError(f"--data {name}: no file of --split {split}; its files are "
+                        f"{', '.join(named[:8]) or 'none that can be read'}")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
 # Open instructions
 
 def read_instructions(path):
-    """[(query, row)] of a file of open instructions: a JSON list, or JSONL. Raises UserError.
+    """[(query, row)] of a file of open instructions, in any of `read_rows`' forms. UserError.
 
     A row has its question under one of QUESTION, as AlpacaEval and MT-Bench have it. An Alpaca
     row's "input" is part of the query. Of "turns" the first is asked, with a note about the others.
     row: {"instruction", "dataset"}, and "input" where there is one, for the file of outputs.
     """
     where = f"--instructions {path}"
-    lines = [line for line in read_lines(path, where) if line.strip()]
-    try:
-        rows = json.loads("\n".join(lines))
-    except (ValueError, RecursionError):
-        try:
-            rows = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError):
-            raise UserError(f"{where}: not readable as JSON, nor as one object a line") from None
-    rows = [rows] if isinstance(rows, dict) else rows
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f'{where}: expected a list of objects with "instruction" and "dataset"')
-    turns = [row.get("turns") for row in rows if isinstance(row, dict)]
+    rows = read_rows(path, where)
+    if not rows:
+        raise UserError(f"{where}: expected a list of objects, or one object a line")
+    turns = [row.get("turns") for _, row in rows if isinstance(row, dict)]
     if any(isinstance(texts, list) and len(texts) > 1 for texts in turns):
         note(f"{where}: only the first turn of each entry is asked")
-    return [_instruction(row, f"{where}: entry {i}") for i, row in enumerate(rows)]
+    return [_instruction(row, f"{where}: entry {i}") for i, row in rows]
 
 
 def _instruction(row, where):
+    if isinstance(row, NotJson):
+        raise UserError(f"{where}: not JSON; a list of objects, or one object a line, is expected")
     row = row if isinstance(row, dict) else {}
     key = next((key for key in QUESTION if key in row), None)
     text = row.get(key)

@@ -56,17 +56,18 @@ def find(name, patterns=("*.json", "*.jinja", "*.safetensors", "tokenizer.model"
     return fetch(str(name), list(patterns))
 
 
-def fetch(name, patterns):
-    """The folder of a hub model, "org/name" or "org/name@revision".
+def fetch(name, patterns, kind="model"):
+    """The folder of a hub model or dataset (kind), "org/name" or "org/name@revision".
 
     It is downloaded once and then comes from the hub library's cache. A download that broke off
     goes on where it stopped. Raises UserError with what to do.
     """
     from huggingface_hub import errors, snapshot_download  # only for who names a hub model
     name, _, revision = name.partition("@")
+    here = "folder" if kind == "model" else "file"
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns,
-                                      ignore_patterns=["consolidated*"]))
+        return Path(snapshot_download(name, repo_type=kind, revision=revision or None,
+                                      allow_patterns=patterns, ignore_patterns=["consolidated*"]))
     except errors.HFValidationError as error:
         raise UserError(f"{name}: the hub does not allow such a name ({one_line(error)})") from None
     except errors.GatedRepoError:
@@ -75,11 +76,11 @@ def fetch(name, patterns):
     except errors.RevisionNotFoundError:
         raise UserError(f"{name}: the hub has no revision {revision!r} of it") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{name}: no such folder here, and no such model on the hub "
+        raise UserError(f"{name}: no such {here} here, and no such {kind} on the hub "
                         "(or it is private: `hf auth login`)") from None
     except (errors.HTTPError, OSError) as error:  # no network, or a download that broke off
-        raise UserError(f"{name}: no such folder here, and the hub cannot be reached "
-                        f"({one_line(error)}); offline, name a local folder instead") from None
+        raise UserError(f"{name}: no such {here} here, and the hub cannot be reached "
+                        f"({one_line(error)}); offline, name a local {here} instead") from None
 
 
 def check_config(raw, families, supported):
@@ -210,11 +211,12 @@ def _keep_the_tokenizer(path):
         _write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def write_folder(folder, raw, tensors, copy_from, end_ids=None):
+def write_folder(folder, raw, tensors, copy_from, end_ids=None, variables=None):
     """Write a model's folder: config.json, tensors, and the tokenizer's files of another folder.
 
     end_ids: all ids that end an answer. generation_config.json gets them where the other folder's
     files name different ones: transformers and vLLM then stop where we do.
+    variables: those of the chat template that the model was trained with, for README.md.
     The weights come last and by renaming, so a model.safetensors that is there is whole.
     Raises UserError where it cannot be written.
     """
@@ -232,6 +234,10 @@ def write_folder(folder, raw, tensors, copy_from, end_ids=None):
         named = settings.get("eos_token_id", raw.get("eos_token_id"))
         if end_ids and set(named if isinstance(named, list) else [named]) != end_ids:
             _write_json(path, settings | {"eos_token_id": sorted(end_ids)})
+        if variables:
+            (folder / "README.md").write_text(
+                "Trained with these variables of the chat template (chat_template_kwargs): "
+                f"{json.dumps(variables)}\n", encoding="utf-8")
         save_file(tensors, new, metadata={"format": "pt"})
         new.replace(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:

@@ -25,8 +25,8 @@ WATCH = {
         "grpo": "other --data"}),
     "spread": (lambda x: x < 0.1,
                "in hardly any group do the rewards differ, so they teach the Solver nothing", {
-                   "lsp": "a smaller --alpha-ch, or --pay r-zero",
-                   "lsp-zero": "a smaller --alpha-ch, or --pay r-zero",
+                   "lsp": "a smaller --alpha-ch, or for rewards of 0 and 1 --pay r-zero",
+                   "lsp-zero": "a smaller --alpha-ch, or for rewards of 0 and 1 --pay r-zero",
                    "grpo": "easier or harder --data, or more --answers"}),
     "kl_solver": (lambda x: x > 1.0, "the Solver runs away from its start",
                   "a smaller --lr or a larger --kl"),
@@ -201,6 +201,7 @@ def change_line(folder, iteration):
     figures = report.read_metrics(folder)
     own = [i for i, t in enumerate(figures["iteration"]) if t == iteration]
     names = {"loss": "loss of all pairs", "margin": "of differing ones: margin",
+             "accuracy": "margin above 0",
              "logprob_answer": "log p of people's answers", "logprob_rival": "of the opponent's"}
     parts = []
     for key, name in names.items():

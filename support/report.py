@@ -27,6 +27,7 @@ PANELS = {  # the curves: name in metrics.jsonl -> what it shows
     "kl_challenger": "nats per token",
     "loss": "mean over the pairs",
     "margin": "of pairs that differ",
+    "accuracy": "pairs with a margin above 0",
     "logprob_answer": "of the answers in the data",
     "logprob_rival": "of the opponent's answers",
     "answer_tokens": "length of an answer",
@@ -36,7 +37,7 @@ PANELS = {  # the curves: name in metrics.jsonl -> what it shows
     "similarity": "text that two queries share",
     "agreement": "judge prefers the right answer",
 }
-SHARES = ("valid", "spread", "distinct", "agreement")  # these are drawn from 0 to 1
+SHARES = ("valid", "spread", "distinct", "agreement", "accuracy")  # these are drawn from 0 to 1
 
 # One colour for each run. All are readable on white and on black.
 COLOURS = ("#3b82f6", "#f97316", "#22a06b", "#d946a0", "#8b6f47", "#7c6cf0")

@@ -10,13 +10,14 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
-from support.console import UserError, positive
-from support.files import is_hub_name, read_json
+from support.console import UserError, note, positive
+from support.files import TOKENIZER_FILES, is_hub_name, read_json
 from support.learning import load_state, previous, read_state, save_state
 from support.machine import DEVICE, DTYPES, Crew
 
@@ -28,9 +29,14 @@ MAY_CHANGE = ("torch", "save_every", "reward_timeout")  # settings that a resume
 MODEL = ("--model", str, "tiny", "tiny",
          "folder in Hugging Face layout, a run's folder, or a hub name (org/name, or "
          "org/name@revision)")
+SPLIT = ("--split", str, "train", "train",
+         "which part of a hub dataset (--data owner/name), such as train, or main/train")
 SKIP_BAD_ROWS = ("--skip-bad-rows", bool, False, False,
                  "leave out, and name, rows of --data that are empty, too long or refused by the "
                  "chat template; without it the run is refused")
+TEMPLATE_ARGS = ("--template-args", [str], [], [],
+                 "variables of the chat template, each name=value in JSON, such as "
+                 "enable_thinking=false: for players, judge and data alike")
 ANSWER_TOKENS = ("--answer-tokens", positive(int), 32, 256, "longest answer")
 SETTINGS = [
     "the run",
@@ -100,6 +106,17 @@ def check_name(name):
                         f"{go_on if (folder / CHECKPOINT).is_file() else ''}; nothing was touched")
 
 
+def other_files(args):
+    """{file: its CRC-32} of what a run depends on besides weights and data.
+
+    They are the files of users' functions (--reward, --pay), and the tokenizer's.
+    """
+    specs = [getattr(args, name, None) or "" for name in ("reward", "pay")]
+    paths = [Path(spec.rpartition(":")[0] or "-") for spec in specs]
+    paths += [Path(args.model) / name for name in TOKENIZER_FILES]
+    return {str(path): zlib.crc32(path.read_bytes()) for path in paths if path.is_file()}
+
+
 def check_disk(args, parameters, optimizer_floats, models):
     """Raise UserError if a run's folder would not fit on its disk. --dry-run: print what it needs.
 
@@ -109,6 +126,7 @@ def check_disk(args, parameters, optimizer_floats, models):
     checkpoint = 4 * (1 + optimizer_floats) * parameters
     need = 3 * checkpoint + models * DTYPES[args.dtype].itemsize * parameters
     place, gib = Path(args.resume or "runs"), 2**30
+    place = place.parent if place.is_file() else place
     there = [path.stat().st_size for path in place.glob("**/*.safetensors*")] if args.resume else []
     place = next(folder for folder in (place, *place.parents, Path(".")) if folder.is_dir())
     free = shutil.disk_usage(place).free
@@ -192,11 +210,15 @@ def open_run(args, start, crew=Crew(), **facts):
         elif not crew.rank:
             folder = new_run(args.run, args.game, settings)
             stack.push(lock(folder))
-            facts |= {"settings": settings, "start": start, "metrics": 0, "games": 0}
+            facts |= {"settings": settings, "start": start, "metrics": 0, "games": 0,
+                      "files": other_files(args)}
         folder, facts = crew.all((folder, facts))[0]  # the first process's
         if facts["start"] != start:
             data = f" or {args.data}" if args.data else ""
             raise UserError(f"{args.model}{data} is not what this run began with")
+        for path, number in other_files(args).items():
+            if facts.get("files", {}).get(path, number) != number:
+                note(f"{path} is not what it was when this run began")
         if args.resume and crew.rank:
             tensors = read_state(folder / CHECKPOINT)[1]
         run = Run(folder, facts, tensors, args.save_every, crew)

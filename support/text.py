@@ -6,7 +6,7 @@ from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
@@ -23,17 +23,19 @@ NO_THOUGHT = "\n</think>\n\n"  # closes a thought that a prompt has opened
 class Tokenizer:
     """A model folder's tokenizer.json and chat template.
 
+    variables: what the user sets for the template. unset: switches that it reads, and nobody set.
     special: {text of a special token: its id}. names: {"bos_token": its text, ..}, those that the
     folder gives. date: the moment, in ISO form, that templates take for now.
     """
 
     MARK = "\ue000"  # a private character that breaks up text which would spell a special token
 
-    def __init__(self, folder, date=None):
+    def __init__(self, folder, date=None, variables=None):
         """folder: in Hugging Face layout. Raises UserError for what is missing or does not load.
 
         date: in ISO form; None: this moment. It stands still. A run that goes on another day gives
-        the date that it began with, and has the same prompts.
+        the date that it began with, and has the same prompts. variables: others that the chat
+        template reads, {name: value}.
         """
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
@@ -46,7 +48,11 @@ class Tokenizer:
             now = datetime.fromisoformat(self.date)
         except (TypeError, ValueError):
             raise UserError(f"{date!r} is no date in ISO form, as 2026-11-25") from None
-        self.template = _compile(folder, _read_template(folder, settings), now)
+        source = _read_template(folder, settings)
+        self.template = _compile(folder, source, now)
+        self.variables = variables or {}
+        reads = meta.find_undeclared_variables(self.template.environment.parse(source))
+        self.unset = sorted({"enable_thinking"} & reads - set(self.variables))
 
     def beyond(self, vocabulary):
         """The tokens that may be written and whose ids are not below `vocabulary`.
@@ -134,19 +140,21 @@ class Tokenizer:
         return lead, ids
 
     def spoken(self, text):
-        """What a completion says to others: without the thought before it, <think>..</think>.
+        """What a completion says to others: without the thought that it begins with.
 
         Nothing, where the thought was cut before it ended.
         """
-        thought, tag, said = text.rpartition("</think>")
-        if not tag:
-            return "" if "<think>" in text or self.opens_thought else text
-        return said.lstrip("\n")
+        if not (self.opens_thought or text.lstrip().startswith("<think>")):
+            return text
+        return text.partition("</think>")[2].lstrip("\n")
 
     @cached_property
     def opens_thought(self):
         """Does the prompt for an answer leave a <think> open?"""
-        return _opened(self._render([{"role": "user", "content": "a"}]))
+        try:
+            return _opened(self._render([{"role": "user", "content": "a"}]))
+        except UserError:  # a template that refuses such a conversation
+            return False
 
     @property
     def turn_end(self):
@@ -211,7 +219,7 @@ class Tokenizer:
             with time_limit(TEMPLATE_SECONDS, late):
                 for piece in self.template.generate(
                         messages=safe, add_generation_prompt=add_generation_prompt,
-                        tools=None, documents=None, **self.names):
+                        tools=None, documents=None, **self.names | self.variables):
                     pieces.append(piece)
                     size += len(piece)
                     if size > MAX_TEXT:

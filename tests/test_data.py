@@ -20,7 +20,8 @@ def test_both_forms_of_data(tmp_path):
     lines = [json.dumps({"prompt": "p", "answer": "b"}), "", json.dumps({"messages": chat}),
              json.dumps({"question": "p", "answer": "c"})]
     path.write_text("\n".join(lines))
-    assert read_data(path) == [([user("p")], "b", 1), (chat[:2], "a", 3), ([user("p")], "c", 4)]
+    assert [row[:3] for row in read_data(path)] == [
+        ([user("p")], "b", 1), (chat[:2], "a", 3), ([user("p")], "c", 4)]
     assert [row.query for row in read_data(path)] == ["p", "u", "p"]
     path.write_text("\n".join(lines), encoding="utf-8-sig")  # a byte order mark does no harm
     assert len(read_data(path)) == 3
@@ -40,16 +41,16 @@ GOOD = '{"prompt": "p", "answer": "a"}'
 @pytest.mark.parametrize("second, says", [
     ("not json", "line 2: not JSON"),
     ("[1]", "line 2: expected an object"),
-    ('{"prompt": "p"}', 'line 2: expected an object with "prompt" and "answer"'),
+    ('{"prompt": "p"}', "line 2: its columns are prompt; known are: messages; .*question . answer"),
     ('{"prompt": "p", "answer": ""}', "line 2: an empty"),
-    ('{"prompt": "p", "answer": 3}', "line 2: every message needs a text"),
+    ('{"prompt": "p", "answer": true}', "line 2: every message needs a text"),
     ('{"messages": []}', "line 2: the first turn"),
     ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 2: the first turn"),
-    ('{"messages": 5}', "line 2: every message"),
+    ('{"messages": 5}', "line 2: a conversation must be a list of messages"),
     ("[" * 100000, "line 2: not JSON"),
     ('{"prompt": "a\\ud800", "answer": "b"}', "line 2: half of a surrogate pair"),
     ('{"prompt": "a", "answer": "b\\udfff"}', "line 2: half of a surrogate pair"),
-    ("", "1 line of data"),
+    ("", "1 row of data"),
 ])
 def test_bad_data_is_one_line_with_its_number(tmp_path, second, says):
     path = tmp_path / "data.jsonl"
@@ -100,17 +101,17 @@ def test_other_files_of_instructions(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("{", "not readable as JSON, nor as one object a line"),
-    ("[" * 100000, "not readable as JSON, nor as one object a line"),
-    ("[]", 'expected a list of objects with "instruction" and "dataset"'),
-    ('{"text": "a", "id": 3}', 'entry 0 has no "instruction"; its keys are: text, id; known are'),
-    ('[{"turns": []}]', 'entry 0 has no "instruction"'),
-    ('[{"instruction": "a", "input": 3}]', "entry 0 has no"),
-    ("3", "expected a list"),
-    ('[{"instruction": "a"}, 3]', 'entry 1 has no "instruction"'),
-    ('[{"instruction": "a"}, {"instruction": 3}]', 'entry 1 has no "instruction"'),
-    ('[{"instruction": " "}]', 'entry 0 has no "instruction"'),
-    ('[{"instruction": "a\\ud800"}]', "entry 0: half of a surrogate pair"),
+    ("{", "entry 1: not JSON; a list of objects, or one object a line, is expected"),
+    ("[" * 100000, "entry 1: not JSON"),
+    ("[]", "expected a list of objects, or one object a line"),
+    ('{"text": "a", "id": 3}', 'entry 1 has no "instruction"; its keys are: text, id; known are'),
+    ('[{"turns": []}]', 'entry 1 has no "instruction"'),
+    ('[{"instruction": "a", "input": 3}]', "entry 1 has no"),
+    ("3", 'entry 1 has no "instruction"; its keys are: none'),
+    ('[{"instruction": "a"}, 3]', 'entry 2 has no "instruction"'),
+    ('[{"instruction": "a"}, {"instruction": 3}]', 'entry 2 has no "instruction"'),
+    ('[{"instruction": " "}]', 'entry 1 has no "instruction"'),
+    ('[{"instruction": "a\\ud800"}]', "entry 1: half of a surrogate pair"),
 ])
 def test_bad_instructions_are_one_line(tmp_path, text, says):
     (tmp_path / "set.json").write_text(text)
@@ -135,11 +136,11 @@ def test_bad_lines_are_named_or_left_out(tmp_path, capsys):
     assert "line 2: not JSON" in (said := capsys.readouterr().err) and "left out: 2 rows" in said
 
 
-def reader(messages):
-    """Ids of a conversation for a model that reads letters, and refuses system messages."""
-    if messages[0]["role"] == "system":
+def reader(row):
+    """Ids of a row for a model that reads letters, and refuses system messages."""
+    if row.messages[0]["role"] == "system":
         raise UserError("the chat template failed: no system messages here")
-    return list(messages[-1]["content"])
+    return list(row.query)
 
 
 @pytest.mark.parametrize("bad, why", [
@@ -153,7 +154,7 @@ def test_every_row_is_measured_before_the_first_step(bad, why, capsys):
     with pytest.raises(UserError, match=f"^--data f, line 2: .*{why}; mend it, or leave"):
         data.measured(rows, [(reader, 10)], 2, "--data f, line", False)
     found = data.measured(rows, [(reader, 10)], 2, "--data f, line", True)
-    assert found == [(rows[0], list("x" * 8)), (rows[2], ["z"])]
+    assert found == [(rows[0], [list("x" * 8)]), (rows[2], [["z"]])]
     assert re.search(why, capsys.readouterr().err)
     with pytest.raises(UserError, match="no row is left"):
         data.measured(rows[1:2], [(reader, 10)], 2, "--data f, line", True)
@@ -162,10 +163,11 @@ def test_every_row_is_measured_before_the_first_step(bad, why, capsys):
 def test_a_row_must_fit_into_each_model_that_reads_it():
     """The referee's context is smaller than the player's here."""
     rows = [data.Row([user("abcd")], "a", 7)]
-    reads = [(reader, 100), (lambda messages: reader(messages) + [0], 6)]
+    reads = [(reader, 100), (lambda row: reader(row) + [0], 6), (lambda row: [0] * 99, None)]
     with pytest.raises(UserError, match="line 7: 5 tokens and up to 2 .* context of 6"):
         data.measured(rows, reads, 2, "--data f, line", False)
-    assert data.measured(rows, reads, 1, "--data f, line", False) == [(rows[0], list("abcd"))]
+    (row, (ids, *_)), = data.measured(rows, reads, 1, "--data f, line", False)
+    assert row is rows[0] and ids == list("abcd")
 
 
 def test_what_a_reward_may_ask_for():

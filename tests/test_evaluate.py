@@ -170,7 +170,7 @@ def test_open_instructions_from_the_command_line(tmp_path, tiny):
 def test_a_pair_that_is_too_long_is_cut_in_both_answers(tiny):
     """The judge still sees the query, a piece of each answer, and what it is asked for."""
     judge = PairJudge(*tiny)
-    ids = judge._ids("Add 1 and 2.", 450 * "a", 300 * "b")
+    ids = judge.ids("Add 1 and 2.", 450 * "a", 300 * "b")
     text = tiny[1].decode(ids)
     assert len(ids) <= 512
     assert "Add 1 and 2." in text and text.endswith("Reply with one letter, A or B.")

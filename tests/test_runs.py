@@ -24,13 +24,13 @@ from support import console, learning, runs
 from support.console import UserError
 
 COMMON = ("--model", str(ROOT / "tiny"), "--device", "cpu", "--eval-items", "6")
-LSP = ("--queries", "2", "--answers", "2", "--lr", "1e-3", "--query-tokens", "24",
-       "--answer-tokens", "12")
+GRPO = ("--queries", "2", "--answers", "2", "--lr", "1e-3", "--answer-tokens", "12")
+LSP = (*GRPO, "--query-tokens", "24")
 SPIN = ("--pairs", "12", "--batch", "4", "--iterations", "2", "--epochs", "1",
         "--save-every", "2", "--lr", "1e-3", "--answer-tokens", "12")
 GAMES = {  # the command, its settings, and the optimizer step before which the run is killed
     "lsp": (selfplay, ("--steps", "5", "--save-every", "2", *LSP), 4),
-    "grpo": (selfplay, ("--game", "grpo", "--steps", "5", "--save-every", "2", *LSP), 4),
+    "grpo": (selfplay, ("--game", "grpo", "--steps", "5", "--save-every", "2", *GRPO), 4),
     "bfloat16": (selfplay, ("--dtype", "bfloat16", "--steps", "3", "--save-every", "1", *LSP), 3),
     "spin": (spin, SPIN, 7),
     "sft": (spin, ("--game", "sft", *SPIN), 7),
@@ -212,6 +212,22 @@ def test_a_run_keeps_the_date_of_its_beginning(game, tmp_path, folder):
     ids = made[0].tokenizer.chat([{"role": "user", "content": "a"}])
     assert made[0].tokenizer.encode("03") == ids[2:4]
     assert module.parse_args([*COMMON, *flags]).date >= begun
+
+
+def test_a_resumed_run_says_what_changed_beside_it(tmp_path, folder):
+    """A user may mend a reward and go on. But nobody should do so without knowing."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def f(queries, answers):\n    return [[len(a) for a in g] for g in answers]\n")
+    killed(tmp_path, "lsp", "--model", str(folder), "--reward", f"{mine}:f", call=3)
+    done = command(selfplay, tmp_path, "--resume", "runs/cut")
+    assert done.returncode == 0 and "is not what it was" not in done.stderr
+    shutil.rmtree(tmp_path / "runs")
+    killed(tmp_path, "lsp", "--model", str(folder), "--reward", f"{mine}:f", call=3)
+    mine.write_text(mine.read_text() + "\n")
+    write_json(folder / "tokenizer_config.json", read_json(folder / "tokenizer_config.json"))
+    done = command(selfplay, tmp_path, "--resume", "runs/cut")
+    for path in (mine, folder / "tokenizer_config.json"):
+        assert f"note: {path} is not what it was when this run began" in done.stderr
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed", "stopped at the end"])

@@ -377,9 +377,9 @@ def test_the_sampled_ids_are_the_trained_ids(tiny):
 @pytest.mark.parametrize("name", ["lsp", "lsp-zero", "grpo"])
 def test_a_step_is_its_equations(name, monkeypatch):
     """What step() returns follows from its own texts, and what it trains from its own ids."""
-    args = selfplay.parse_args([*TINY, "--game", name, "--queries", "3", "--answers", "4",
-                                "--pay", "minimax" if name == "grpo" else "r-zero",
-                                "--quality", "0.5", "--kl", "0.1", "--alpha-ch", "0.3"])
+    words = [*TINY, "--game", name, "--queries", "3", "--answers", "4", "--kl", "0.1"]
+    words += ["--pay", "r-zero", "--alpha-ch", "0.3"] if name != "grpo" else []
+    args = selfplay.parse_args(words + (["--quality", "0.5"] if name == "lsp" else []))
     game = selfplay.set_up(args, "cpu")
     for p in game.reference.parameters():  # else the KL would be 0
         p.mul_(1.02)
@@ -679,11 +679,15 @@ def test_challenger_prompt_has_its_two_variables(real_llama):
     (["--reward", "mine.py:absent"], "has no function"),
     (["--reward", "mine.py:nan"], "NaN"), (["--reward", "mine.py:flat"], "shape"),
     (["--run", "taken"], "exists already"), (["--judge", "written"], "can only say a digit"),
-    (["--task", "x"], "has its own"), (["--game", "grpo", "--pay", "sqlm"], "has none"),
+    (["--task", "x"], "has its own"), (["--game", "grpo", "--pay", "sqlm"], "--pay means"),
     (["--reward", "math"], "from --data alone"), (["--run", "../away"], "not a plain folder name"),
     (["--device", "abacus"], "no such device"),
     (["--quality", "0"], "that is --game lsp-zero"),
     (["--reward", "mine.py:known"], "asks for 'answer', which is not at hand here"),
+    (["--game", "lsp-zero", "--quality=2"], "--quality means nothing in --game lsp-zero"),
+    (["--answers", "1"], "teaches nothing"), (["--queries", "1"], "the Challenger nothing"),
+    (["--kl", "0", "--kl-challenger", "0", "--kl-form", "literal"], "leave out"),
+    (["--template-args", "a"], "expected name=value"), (["--pay", "mine.py:flat"], "would get 3"),
     (["--skip-bad-rows"], "is about --data"), (["--pay", "fair"], "expected minimax, r-zero"),
 ])
 def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):

@@ -54,7 +54,8 @@ def encode(tokenizer, pairs, end_ids, limit):
     """(prompts, answers) as ids, of [(messages, answer)]."""
     rows = [data.Row(*pair) for pair in pairs]
     prompts = [tokenizer.chat(row.messages) for row in rows]
-    return prompts, spin.encode(tokenizer, rows, end_ids, limit)[0]
+    replies = [tokenizer.reply(row.messages, row.answer, end_ids) for row in rows]
+    return prompts, spin.cut_answers(replies, limit)[0]
 
 
 def opponent_answers(model, prompts, limit, generator):

@@ -435,7 +435,8 @@ def test_what_a_completion_says_to_others(tiny, tmp_path):
     """A thought is left out. One that was cut before it ended says nothing."""
     tokenizer = tiny[1]
     for text, said in (("5", "5"), ("<think>2 + 3</think>\n\n5", "5"), ("<think>2 +", ""),
-                       ("a</think>b</think>c", "c"), ("", "")):
+                       ("I write <think> here. 7", "I write <think> here. 7"), ("", ""),
+                       ("<think>a</think>b</think>c", "b</think>c")):
         assert tokenizer.spoken(text) == said
     template = ("{% for m in messages %}{{ m.content }}{% endfor %}"
                 "{% if add_generation_prompt %}<think>{% endif %}")
@@ -449,8 +450,8 @@ def test_a_space_before_the_first_word_stays_before_the_first_word(tmp_path):
 
     Somebody's text that spells a special token changes nothing in the other pieces.
     """
-    vocab = {piece: i for i, piece in enumerate(["<unk>", "</s>", "\u2581a", "a", "b", "<", "/", "s",
-                                                 ">", "\u2581"])}
+    pieces = ["<unk>", "</s>", "\u2581a", "a", "b", "<", "/", "s", ">", "\u2581"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
     built = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<unk>"))
     built.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
