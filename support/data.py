@@ -91,7 +91,8 @@ def say_what_was_read(where, rows, shapes):
     for row in rows:
         answers.setdefault(repr(row.messages), set()).add(row.answer)
     several = sum(len(found) > 1 for found in answers.values())
-    more = f"; {several} questions have several different answers, and each row keeps its own"
+    more = (f"; {several:,} question{' has' if several == 1 else 's have'} several different "
+            "answers, and each row keeps its own")
     names = ", ".join(f"{shape} ({count:,})" if len(shapes) > 1 else shape
                       for shape, count in shapes.items())
     note(f"{where}: {len(rows):,} rows of shape {names}{more if several else ''}")
@@ -252,7 +253,7 @@ def read_rows(name, where, split="train"):
     path = Path(name)
     if path.suffix == ".parquet":
         return list(enumerate(_parquet(path, where), 1))
-    text = read_text(path, where)
+    text = text_of(path, where)
     if path.suffix == ".csv":
         return list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 1))
     try:
@@ -264,7 +265,7 @@ def read_rows(name, where, split="train"):
     return [(i, _json_line(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def read_text(path, where):
+def text_of(path, where):
     """A text file in UTF-8, with or without a byte order mark. Raises UserError."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")

@@ -1,6 +1,7 @@
 """Data that people bring: what is read, what is refused with its line, what is left out."""
 import json
 import re
+import sys
 
 import pytest
 
@@ -33,6 +34,111 @@ def test_a_line_may_hold_any_letter(tmp_path):
     line = json.dumps({"prompt": "a\u2028b", "answer": "c\u0085"}, ensure_ascii=False) + "\n"
     path.write_text(line * 2, encoding="utf-8")
     assert [row[:2] for row in read_data(path)] == 2 * [([user("a\u2028b")], "c\u0085")]
+
+
+CHAT = [user("a?"), {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("text", [
+    '\ufeff{"prompt":"a?","answer":"b"}\n{"prompt":"c?","answer":"d"}\n',  # a byte order mark
+    '{"prompt":"a?","answer":"b"}\r\n{"prompt":"c?","answer":"d"}\r\n',
+    '[\n {\n  "prompt": "a?",\n  "answer": "b"\n },\n {\n  "prompt": "c?",\n  "answer": "d"\n }\n]',
+    '[{"instruction": "a?", "input": "", "output": "b"}, {"instruction": "c?", "output": "d"}]',
+    '{"prompt":"a?","completion":"b"}\n{"prompt":"c?","completion":"d"}\n',
+    '{"prompt": [{"role": "user", "content": "a?"}], "completion": [{"role": "assistant", '
+    '"content": "b"}]}\n{"prompt":"c?","completion":"d"}\n',
+    '{"real": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}], '
+    '"generated": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "z"}]}\n'
+    '{"prompt":"c?","answer":"d"}\n',
+    '{"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}\n'
+    '{"conversations": [{"from": "user", "value": "c?"}, {"from": "assistant", "value": "d"}]}\n',
+    '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", '
+    '"text": "?"}]}, {"role": "assistant", "content": "b"}]}\n{"question":"c?","answer":"d"}\n',
+    '{"problem":"a?","solution":"b"}\n{"query":"c?","response":"d"}\n',
+    '{"prompt": "a?", "chosen": "b", "rejected": "x"}\n{"prompt": "c?", "chosen": [{"role": '
+    '"user", "content": "c?"}, {"role": "assistant", "content": "d"}], "rejected": []}\n',
+    '{"prompt": "later", "messages": [{"role": "user", "content": "a?"}, {"role": "assistant", '
+    '"content": "b"}, {"role": "user", "content": "more"}]}\n{"question":"c?","response":"d"}\n',
+    '{"messages": null, "prompt":"a?","answer":"b"}\n\n{"prompt":"c?","answer":"d"}',
+])
+def test_the_shapes_that_people_have(tmp_path, text):
+    path = tmp_path / "data.json"
+    path.write_bytes(text.encode())
+    assert [(row.query, row.answer) for row in read_data(path)] == [("a?", "b"), ("c?", "d")]
+
+
+def test_what_belongs_to_the_question():
+    """An input, and a system message in a column of its own. Numbers are answers, too."""
+    def read(**row):
+        return data.read_row(row)[1:]
+    assert read(instruction="Add.", input="1 and 2", output=3) == ([user("Add.\n\n1 and 2")], "3")
+    assert read(question="q", input="text", answer=0.5) == ([user("q\n\ntext")], "0.5")
+    system = {"role": "system", "content": "s"}
+    assert read(system_prompt="s", question="q", response="r") == ([system, user("q")], "r")
+    assert read(system="", prompt="q", answer="r") == ([user("q")], "r")
+    assert read(system="t", messages=[system, *CHAT])[0][0] == system  # the chat has its own
+
+
+def test_what_was_read_is_said(tmp_path, capsys):
+    """File, shapes and rows in one line, and what will not do as it is."""
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": "c"}, {"messages": CHAT}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    read_data(path)
+    said, = capsys.readouterr().err.splitlines()
+    assert f"--data {path}: 3 rows of shape prompt and answer (2), messages (1)" in said
+    assert "1 question has several different answers, and each row keeps its own" in said
+
+
+def test_other_columns_are_for_rewards(tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": "a", "answer": "b", "level": 1, "only": 2},
+            {"prompt": "c", "answer": "d", "level": 3}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert data.columns(read_data(path)) == {
+        "messages": [[user("a")], [user("c")]], "answer": ["b", "d"], "level": [1, 3]}
+
+
+def test_csv_and_parquet(tmp_path, monkeypatch):
+    (tmp_path / "data.csv").write_text('question,answer\n"a, with ""b""",1\n"two\nlines",2\n')
+    assert [(row.query, row.answer, row.line) for row in read_data(tmp_path / "data.csv")] == [
+        ('a, with "b"', "1", 1), ("two\nlines", "2", 2)]
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="reading .parquet needs pyarrow: pip install pyarrow"):
+        read_data(tmp_path / "data.parquet")
+    monkeypatch.undo()
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is an optional extra")
+    import pyarrow
+    table = pyarrow.Table.from_pylist([{"prompt": "a", "answer": "b"}] * 2)
+    parquet.write_table(table, tmp_path / "data.parquet")
+    assert [row.query for row in read_data(tmp_path / "data.parquet")] == ["a", "a"]
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="not readable as Parquet"):
+        read_data(tmp_path / "data.parquet")
+
+
+def test_a_dataset_on_the_hub(tmp_path, monkeypatch):
+    """Its files of one split. Where several folders have that split, one must be named."""
+    for name in ("main/train-0.jsonl", "main/test-0.jsonl", "other/train-0.jsonl"):
+        (tmp_path / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
+        row = json.dumps({"prompt": name, "answer": "b"}) + "\n"
+        (tmp_path / "hub" / name).write_text(row * 2)
+    asked = []
+
+    def fetch(name, patterns, kind):
+        asked.append((name, kind))
+        return tmp_path / "hub"
+    monkeypatch.setattr(data.files, "fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    rows = read_data("org/sums", split="main/train")
+    assert [(row.query, row.line) for row in rows] == [("main/train-0.jsonl", 1),
+                                                       ("main/train-0.jsonl", 2)]
+    assert asked == [("org/sums", "dataset")]
+    with pytest.raises(UserError, match="in several folders: choose one, such as --split main/tr"):
+        read_data("org/sums")
+    with pytest.raises(UserError, match="no file of --split dev; its files are main/test-0.jsonl"):
+        read_data("org/sums", split="dev")
 
 
 GOOD = '{"prompt": "p", "answer": "a"}'
