@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from model import groups, load, read_config, sample_all
-from rewards import ExactReward, judged, last_states, load_referee
-from support import console, data, files, machine, report, runs
+from rewards import ExactReward, last_states, load_referee
+from support import console, data, files, machine, referees, report, runs
 from support.text import Tokenizer
 from tiny import language
 
@@ -32,7 +32,7 @@ Z = 1.959964  # the normal distribution holds 95 % within so many deviations
 # Right answers
 
 def answer(model, tokenizer, queries, samples=1, temperature=1.0, seed=0, max_new_tokens=32):
-    """`samples` answers to each query: N lists of text."""
+    """`samples` answers to each query: N lists of text. queries: texts, or Rows of the data."""
     found = sampled(model, tokenizer, queries, samples, temperature, seed, max_new_tokens)
     return [[tokenizer.decode(ids) for ids in group] for group in found]
 
@@ -41,17 +41,29 @@ def sampled(model, tokenizer, queries, samples, temperature, seed, max_new_token
     """`answer` as ids: N lists of lists. One without an end token was cut."""
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
     room = model.config.context - max_new_tokens  # what is too long is cut from behind
-    prompts = [tokenizer.chat([{"role": "user", "content": query}], room=room)
-               for query in queries]
+    prompts = [tokenizer.chat(row.messages, room=room) for row in as_rows(queries)]
     return sample_all(model, prompts, samples, max_new_tokens, temperature, generator)
 
 
-def rate(model, tokenizer, queries, seed=0, referee=ExactReward()):
-    """{"sampled": R [n, SAMPLES], "greedy": R [n, 1]}: each answer's reward, here 1 for right."""
-    sampled = answer(model, tokenizer, queries, SAMPLES, 1.0, seed)
-    greedy = answer(model, tokenizer, queries, 1, 0)
-    return {"sampled": judged(referee, queries, sampled),
-            "greedy": judged(referee, queries, greedy)}
+def as_rows(queries):
+    """Rows of texts. Rows stay as they are."""
+    return [query if isinstance(query, data.Row)
+            else data.Row([{"role": "user", "content": query}]) for query in queries]
+
+
+def rate(model, tokenizer, queries, seed=0, referee=ExactReward(), max_new_tokens=32,
+         samples=SAMPLES):
+    """{"sampled": R [n, samples], "greedy": R [n, 1]}: each answer's reward, mostly 1 for right.
+
+    queries: texts, or Rows of the data.
+    """
+    rows, found = as_rows(queries), {}
+    for name, count, temperature in (("sampled", samples, 1.0), ("greedy", 1, 0)):
+        said = answer(model, tokenizer, rows, count, temperature, seed, max_new_tokens)
+        said = [[tokenizer.spoken(text) for text in group] for group in said]
+        asked = [row.query for row in rows]
+        found[name] = referees.judged(referee, asked, said, data.columns(rows))
+    return found
 
 
 def wilson(p, n):
@@ -84,26 +96,36 @@ def gains(ours, theirs):
     change = {"greedy": ours["greedy"].mean(1) - theirs["greedy"].mean(1),
               "sampled": ours["sampled"].mean(1) - theirs["sampled"].mean(1),
               f"pass@{SAMPLES}": ours["sampled"].amax(1) - theirs["sampled"].amax(1)}
-    return {name: normal(values, -1.0, 1.0) for name, values in change.items()}
+    # Rewards may be larger than 1; then so may be their differences.
+    most = max(1.0, *(x.abs().max().item() for x in change.values()))
+    return {name: normal(values, -most, most) for name, values in change.items()}
 
 
 def summary(rates, queries):
-    """{kind or "all": {"n", "greedy", "sampled", "pass@8"}}, each figure [share, low, high].
+    """{kind or "all": {"n", "greedy", "sampled", "pass@8"}}, each figure [mean, low, high].
 
-    The intervals are Wilson's over the instructions. For the sampled share, a mean of SAMPLES
-    answers to each, that is wider than need be, never narrower.
+    Of rewards between 0 and 1 the intervals are Wilson's over the instructions. For the sampled
+    share, a mean of SAMPLES answers to each, that is wider than need be, never narrower. Of other
+    rewards they are normal ones. pass@8 is the best of the SAMPLES. Only the embedded language has
+    kinds.
     """
-    kinds, found = [language.kind(query) for query in queries], {}
+    kinds, found = [language.kind(row.query) for row in as_rows(queries)], {}
     for name in [*language.KINDS, "all"]:
         pick = torch.tensor([name in ("all", kind) for kind in kinds])
         n = int(pick.sum())
         if n:
             sampled, greedy = rates["sampled"][pick], rates["greedy"][pick]
-            shares = {"greedy": greedy.mean(), "sampled": sampled.mean(),
-                      "pass@8": sampled.amax(1).mean()}
-            found[name] = {"n": n} | {key: [share.item(), *wilson(share.item(), n)]
-                                      for key, share in shares.items()}
+            each = {"greedy": greedy.mean(1), "sampled": sampled.mean(1),
+                    "pass@8": sampled.amax(1)}
+            found[name] = {"n": n} | {key: interval(values) for key, values in each.items()}
     return found
+
+
+def interval(values):
+    """[mean, low, high] of values [n], with a 95 % interval: Wilson's where all are 0 to 1."""
+    mean, low, high = values.mean().item(), values.min().item(), values.max().item()
+    return [mean, *wilson(mean, len(values))] if 0 <= low and high <= 1 else normal(
+        values, low, high)
 
 
 def win_rate(ours, theirs):
@@ -136,10 +158,12 @@ def gain_line(gain, against="the start"):
 
 def table(summaries):
     """A text table of {name: summary}: a line for each kind and model, in percent."""
+    tops = [row["pass@8"][0] for kinds in summaries.values() for row in kinds.values()]
+    what = "right answers, %" if 0 <= min(tops) and max(tops) <= 1 else "mean reward x 100"
     columns, kinds = ("sampled", "greedy", "pass@8"), next(iter(summaries.values()))
     width = max(map(len, summaries))
     heads = "".join(f"{column:>21}" for column in columns)
-    lines = [f"{'right answers, %':<22}{'':<{width}}{heads}"]
+    lines = [f"{what:<22}{'':<{width}}{heads}"]
     for kind in kinds:
         for i, (name, rows) in enumerate(summaries.items()):
             label = "" if i else f"{kind} (n={rows[kind]['n']})"
@@ -171,6 +195,14 @@ def scoreboard(rates, queries, path):
     for name in others:
         print((f"{name}: " if len(wins) > 1 else "") + gain_line(gain[name]))
         print((f"{name}: " if len(wins) > 1 else "") + win_line(wins[name]))
+
+
+def compare(players, tokenizer, queries, referee, limit, seed, path):
+    """The scoreboard of {name: model}: see `rate` and `scoreboard`."""
+    # Each has a seed of its own: with one seed both would answer with the same luck.
+    rates = {name: rate(model, tokenizer, queries, 2 * seed + i, referee, limit)
+             for i, (name, model) in enumerate(players.items())}
+    scoreboard(rates, queries, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,7 +252,8 @@ def duel(ours, theirs, queries, referee=None, judge=None):
         return judge(queries, ours, theirs)
     # Some at a time: a user's function has a time limit for each call.
     parts = groups(list(zip(queries, map(list, zip(ours, theirs)))), 64)
-    rewards = torch.cat([judged(referee, *map(list, zip(*part))) for part in parts])  # [n, 2]
+    rewards = [referees.judged(referee, *map(list, zip(*part))) for part in parts]
+    rewards = torch.cat(rewards)  # [n, 2]
     ties = (rewards[:, 0] == rewards[:, 1]).float()
     return (rewards[:, 0] > rewards[:, 1]).float() + 0.5 * ties
 

@@ -10,6 +10,7 @@ It may ask for more by the names of its other parameters:
 
     ExactReward     1 for the right answer in the embedded language, else 0
     MathReward      the same for questions whose answers are known numbers
+    Majority        1 for what most answers of the group come to: no truth is needed
     RewardModel     a trained reward model, in Hugging Face layout
     QualityReward   LSP's self-reward R_Q: the frozen reference model as a judge
     WrittenQuality  the same as the paper asks for it: a verdict in words, with a score in tags
@@ -18,9 +19,9 @@ It may ask for more by the names of its other parameters:
 The judge grades on a rubric of 7 points. Both quality rewards return its grade divided by 7, so
 they lie between 0 and 1.
 """
-import copy
 import re
 import unicodedata
+from collections import Counter
 from fractions import Fraction
 from os.path import commonprefix
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from model import load, pack, sample_all, states
-from support import console, files, machine
+from support import console, files, machine, referees
 from tiny import language
 
 # The rubric for a model that does not speak the embedded language: LSP's seven additive points.
@@ -134,6 +135,35 @@ def boxed(text):
         if depth == 0:
             return inside[:i]
     return inside
+
+
+class Majority:
+    """1 where an answer comes to the same as most of its group, else 0 (TTRL, arXiv 2504.16084).
+
+    Where two are equally frequent, nobody is paid. It needs no truth and knows none: a group that
+    is surely wrong is paid for it. figures["agreeing"]: the share of answers in the largest part.
+    """
+
+    def __init__(self):
+        self.figures = {}
+
+    def __call__(self, queries, answers):
+        """R [N, G] of N texts and N lists of G texts."""
+        rewards, largest = [], 0
+        for group in answers:
+            ends = [self.comes_to(text) for text in group]
+            (first, n), *others = Counter(end for end in ends if end).most_common(2) or [(None, 0)]
+            tie = bool(others) and others[0][1] == n
+            rewards.append([float(end == first and not tie) if end else 0.0 for end in ends])
+            largest += n / len(group)
+        self.figures = {"agreeing": largest / len(answers)}
+        return torch.tensor(rewards)
+
+    @staticmethod
+    def comes_to(text):
+        """What two answers are compared by: the number that words come to, or the whole text."""
+        words = re.search("[A-Za-z]{2}|####", text)
+        return (words and final_answer(text)) or " ".join(text.split())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,13 +287,14 @@ class QualityReward:
 class WrittenQuality:
     """R_Q as the paper asks for it: the reference justifies its grade, then writes it in tags.
 
-    A verdict without a grade counts as 0 points. malformed: the share of those in the last call.
+    A verdict without a grade counts as 0 points. figures["malformed"]: the share of those in the
+    last call.
     """
 
     def __init__(self, reference, tokenizer, max_new_tokens=160):
         """reference: the frozen judge, which answers greedily."""
         self.model, self.tokenizer, self.max_new_tokens = reference, tokenizer, max_new_tokens
-        self.malformed = 0.0
+        self.figures = {}
 
     def __call__(self, queries, answers):
         """R_Q [N, G], 0 to 1, of N texts and N lists of G texts."""
@@ -273,7 +304,7 @@ class WrittenQuality:
             found = sample_all(self.model, prompts, 1, self.max_new_tokens, 0)
             verdicts = [self.tokenizer.decode(ids) for ids, in found]
             grades = [self.parse(self.tokenizer.spoken(text)) for text in verdicts]
-            self.malformed = grades.count(None) / len(grades)
+            self.figures = {"malformed": grades.count(None) / len(grades)}
             return torch.tensor([float(grade or 0) for grade in grades])
         with machine.resident(self.model):
             return each_once(grade, answers) / 7
@@ -294,52 +325,42 @@ class WrittenQuality:
 # --------------------------------------------------------------------------------------------------
 # Which referee
 
-def names_model(spec):
-    """Does --reward name a reward model, a folder or a hub name?"""
-    return ":" not in spec and (Path(spec).is_dir() or files.is_hub_name(spec))
+def truth_of(referee, embedded):
+    """The referee for held-out scores: without a Majority, which calls right what it would call so.
+
+    embedded: do the questions have the exact reward's truth? None where nothing is left.
+    """
+    parts = getattr(referee, "parts", {"": (referee, 1.0)})
+    left = {name: part for name, part in parts.items() if not isinstance(part[0], Majority)}
+    if not left:
+        return ExactReward() if embedded else None
+    (alone, _), *others = left.values()
+    return referees.Sum(left) if others else alone
 
 
-def load_referee(spec, device="cpu", data=None, dtype=torch.float32, template=(), tokens=4096):
+def load_referee(rewards, device="cpu", rows=None, dtype=torch.float32, template=(), tokens=4096):
     """The referee that --reward names. Raises UserError.
 
-    spec: "exact", "math" (against data's known answers), "file.py:function", or a reward model's
-    folder or hub name. A file's code is run: name only files that you trust. template, tokens: a
-    RewardModel's template and micro_batch.
+    rewards: "exact", "math" (against rows' known answers), "majority", "file.py:function", or a
+    reward model's folder or hub name; or several, see console.specs. A file's code is run: name
+    only files that you trust. template, tokens: a RewardModel's template and micro_batch.
     """
-    if spec == "exact":
-        return ExactReward()
-    if spec == "math":
-        return MathReward(data)
-    if names_model(spec):
-        return RewardModel(spec, device, dtype, template, tokens)
-    return console.users_function(spec, "--reward", "reward",
-                                  "exact, math, file.py:function or a reward model")
-
-
-def judged(referee, queries, answers, columns={}):
-    """A referee's rewards as float32 [N, G] on the CPU.
-
-    columns: {name: N values} that a referee may ask for by name (data.columns). It gets copies, so
-    it cannot change what is played. Raises UserError for a wrong shape, NaN or infinity.
-    """
-    name = getattr(referee, "__name__", type(referee).__name__)
-    asked = console.asked_for(referee, columns)
-    rewards = referee([*queries], [[*group] for group in answers], **copy.deepcopy(asked))
-    return numbers(rewards, [len(queries), len(answers[0])], f"the reward {name}")
-
-
-def numbers(values, shape, who):
-    """What somebody's function returned, as float32 of this shape on the CPU. Raises UserError."""
-    try:
-        if isinstance(values, torch.Tensor) and values.is_complex():
-            raise TypeError("complex numbers")
-        values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise console.UserError(f"{who} returned {type(values).__name__}, not numbers of shape "
-                                f"{shape}") from None
-    if list(values.shape) != shape:
-        raise console.UserError(f"{who} returned shape {list(values.shape)}; expected {shape}, one "
-                                "number each")
-    if not values.isfinite().all():
-        raise console.UserError(f"{who} returned NaN or infinity")
-    return values
+    def load_one(spec):
+        if spec == "exact":
+            return ExactReward()
+        if spec == "math":
+            return MathReward(rows)
+        if spec == "majority":
+            return Majority()
+        if files.reward_models(spec):
+            return RewardModel(spec, device, dtype, template, tokens)
+        return console.users_function(
+            spec, "--reward", "reward", "exact, math, majority, file.py:function or a reward model")
+    parts = {}
+    for spec, weight in console.specs(rewards):
+        name = Path(spec).name.rpartition(":")[2]
+        if name in parts:
+            raise console.UserError(f"--reward: two are called {name}")
+        parts[name] = load_one(spec), weight
+    (alone, weight), *others = parts.values()
+    return referees.Sum(parts) if others or weight != 1 else alone

@@ -47,8 +47,8 @@ from tqdm import tqdm
 
 import evaluate
 from model import ROOM, Llama, generate, groups, load, logprobs, pack, read_config, save
-from rewards import QualityReward, WrittenQuality, judged, load_referee, names_model, numbers
-from support import console, data, files, learning, machine, record, report, runs
+from rewards import QualityReward, WrittenQuality, load_referee, truth_of
+from support import console, data, files, learning, machine, record, referees, report, runs
 from support.text import Tokenizer
 from tiny import language
 
@@ -184,6 +184,8 @@ class Game(NamedTuple):
     pay: Callable  # (queries, R, R_Q) -> what the Challenger is paid
     judge: Callable  # (queries, answers) -> R_Q; None in lsp-zero and grpo
     start: int  # fingerprint of the starting model and the data
+    held: list  # texts or Rows for the scores; None: the Challenger's last queries
+    truth: Callable  # the referee of the scores; None where nothing knows the truth
     crew: machine.Crew  # the processes that play together; mostly one alone
 
 
@@ -250,10 +252,10 @@ def score(game, rows, answers):
     queries = [row.query for row in rows]
     # A thought, <think>..</think>, is kept in the game. It is not part of what is graded.
     answers = [[game.tokenizer.spoken(text) for text in group] for group in answers]
-    reward = judged(game.referee, queries, answers, data.columns(rows))
+    reward = referees.judged(game.referee, queries, answers, data.columns(rows))
     quality = torch.zeros_like(reward)
     if game.judge:
-        quality = judged(game.judge, queries, answers)
+        quality = referees.judged(game.judge, queries, answers)
     return game.crew.merged((reward, quality))
 
 
@@ -265,7 +267,7 @@ def pay_of(game, args, queries, reward, quality):
                                 f"{args.reward} gave {reward.min():.3g} to {reward.max():.3g}: "
                                 "bring them there, or take --pay minimax")
     paid = game.pay([*queries], reward.clone(), quality.clone())
-    return numbers(paid, [len(queries)], f"the pay {args.pay}")
+    return referees.numbers(paid, [len(queries)], f"the pay {args.pay}")
 
 
 def gradients(game, player, advantage, beta, args, alpha=1.0):
@@ -332,9 +334,10 @@ SETTINGS = [
     ("--game", ("lsp", "lsp-zero", "grpo"), "lsp", "lsp",
      "lsp-zero: no quality self-reward; grpo: queries from data, no Challenger"),
     runs.MODEL,
-    ("--reward", str, "exact", None,
-     "the referee: exact (the embedded language's solver), math (the number that an answer comes "
-     "to, against --data's), file.py:function, or a reward model's folder or hub name"),
+    ("--reward", {str}, "exact", None,
+     "the referee: exact (the embedded language's solver), math (what an answer comes to, against "
+     "--data's), majority (what most answers of a group come to), file.py:function, or a reward "
+     "model's folder or hub name; it may end in :weight, and several are summed up"),
     ("--data", str, None, None,
      "for grpo: a file (JSONL, JSON, CSV, Parquet) or hub dataset in one of the shapes of "
      "support/data.py; without it: the embedded language's instructions"),
@@ -343,6 +346,7 @@ SETTINGS = [
     ("--template", str, None, None,
      "with a real model: a form with placeholders that the Challenger fills in"),
     runs.SPLIT,
+    runs.EVAL_DATA,
     runs.SKIP_BAD_ROWS,
     ("--pay", str, "minimax", "minimax",
      f"what the Challenger is paid for a query: {', '.join(PAY)}, or file.py:function of (query "
@@ -375,6 +379,8 @@ SETTINGS = [
     ("--aggregate", tuple(AGGREGATE), "sum", "token",
      "how a text's tokens are weighted: sum (LSP), mean over its own (GRPO), or over all (DAPO)"),
     *runs.SETTINGS,
+    ("--eval-every", COUNT, 50, 150,
+     "steps between scores on held-out questions, for the curves; 200 questions, or fewer"),
     ("--show-every", COUNT, 100, 100, "print one game every so many steps"),
     ("--dry-run", bool, False, False,
      "only say what memory these settings need and how long a step takes; save nothing"),
@@ -411,9 +417,9 @@ def refuse(args, real):
     console.assignments(args.template_args)
     for refused, why in (
             (real and grpo and not args.data, f"{foreign}: name --data for it to answer"),
-            (real and args.reward in (None, "exact"),
+            (real and (args.reward is None or "exact" in dict(console.specs(args.reward))),
              f"{foreign}, so --reward exact cannot judge it: name a reward model, "
-             "file.py:function, or math"),
+             "file.py:function, majority, or math"),
             (args.quality == 0 and args.game == "lsp",
              "--quality 0 leaves the judge out: that is --game lsp-zero"),
             (args.judge == "written" and not real,
@@ -422,7 +428,7 @@ def refuse(args, real):
             (not real and (args.task or args.template),
              "--task and --template are for models that do not speak the embedded language: this "
              "one has its own Challenger's prompt"),
-            (args.pay in PAY and args.pay != "minimax" and names_model(args.reward or ""),
+            (args.pay in PAY and args.pay != "minimax" and files.reward_models(args.reward),
              f"--pay {args.pay} is for rewards between 0 and 1; a reward model's have no bounds"),
             (args.answers == 1,
              "--answers 1 teaches nothing: an answer is compared with the others of its group, so "
@@ -435,7 +441,7 @@ def refuse(args, real):
             (args.skip_bad_rows and not args.data, "--skip-bad-rows is about --data: name one"),
             (args.data and not grpo,
              "--data is for --game grpo: in the other games the Challenger writes the queries"),
-            (args.reward == "math" and not args.data,
+            ("math" in dict(console.specs(args.reward)) and not args.data,
              "--reward math knows the right answers from --data alone")):
         if refused:
             raise console.UserError(why)
@@ -449,11 +455,16 @@ def set_up(args, device, crew=machine.Crew()):
     dtype, alone = machine.DTYPES[args.dtype], crew.size == 1
     template = args.date, console.assignments(args.template_args)
     # Data, referee and pay first: what is wrong with them shows before a large model is loaded.
-    rows, longest = questions(args, template)
+    rows, held, longest = None, None, args.query_tokens + 64  # tokens of the longest prompt
+    if args.data:
+        tokenizer = Tokenizer(files.find(args.model), *template)
+        rows, held, longest = data.questions(args, tokenizer, read_config(args.model)[0].context)
     machine.check_memory(plan(args, crew, longest), device, args.dry_run, crew.size)
     runs.check_disk(args, read_config(args.model)[1], optimizer_floats=2, models=1)
     referee = load_referee(args.reward, device, rows, dtype, template, args.micro_batch)
-    console.asked_for(referee, data.columns(rows or [data.Row([])]))  # is all at hand?
+    for part in referees.parts_of(referee):  # is all at hand that they ask for?
+        console.asked_for(part, data.columns(rows or [data.Row([])]))
+    readers = [part for part in referees.parts_of(referee) if hasattr(part, "ids")]  # reward models
     pay = PAY.get(args.pay) or console.users_function(
         args.pay, "--pay", "pay", f"{', '.join(PAY)} or file.py:function", given=3)
     # Several processes share the weights out, and each begins with all of them on the CPU. There
@@ -461,7 +472,11 @@ def set_up(args, device, crew=machine.Crew()):
     where = (device, dtype) if alone else ("cpu", torch.float32)
     model, tokenizer = load(args.model, *where, *template)
     model.recompute = args.low_memory
-    start = learning.fingerprint(model, rows)
+    start = learning.fingerprint(model, rows and rows + (held or []))
+    embedded = language.spoken_by(args.model)
+    if embedded and not args.data:
+        held = [data.Row([{"role": "user", "content": query}], language.solve(query))
+                for query in language.evaluation_set(args.eval_items)]
     if alone:
         reference = copy.deepcopy(model).requires_grad_(False)
     else:
@@ -469,7 +484,7 @@ def set_up(args, device, crew=machine.Crew()):
         reference = load(args.model, *where, *template)[0].requires_grad_(False)
         machine.shard(reference, device, dtype)
     if alone and args.low_memory and device.startswith("cuda"):
-        for frozen in [reference] + ([referee.model] if names_model(args.reward) else []):
+        for frozen in [reference] + [part.model for part in readers]:
             machine.offload(frozen)
     judge = prompt = None
     if args.game == "lsp" and args.judge == "expected":
@@ -479,8 +494,8 @@ def set_up(args, device, crew=machine.Crew()):
     if args.game != "grpo":
         prompt = challenger_prompt(tokenizer, args.task, args.template)
     reads = [(lambda row: tokenizer.chat(row.messages), model.config.context)]
-    if names_model(args.reward):
-        reads.append((lambda row: referee.ids(row.messages, ""), referee.model.config.context))
+    reads += [(lambda row, part=part: part.ids(row.messages, ""), part.model.config.context)
+              for part in readers]
     if rows:
         rows = data.fitting(args, rows, reads)
     else:
@@ -498,18 +513,7 @@ def set_up(args, device, crew=machine.Crew()):
             return rng.choice(rows)
         return data.Row([{"role": "user", "content": language.draw(rng)}])
     return Game(model, reference, tokenizer, optimizer, generator, rng, prompt, ask, referee, pay,
-                judge, start, crew)
-
-
-def questions(args, template):
-    """(the Rows of --data, or None; tokens of the longest prompt). No weights are loaded yet."""
-    if not args.data:
-        return None, args.query_tokens + 64
-    tokenizer = Tokenizer(files.find(args.model), *template)
-    rows = data.read_data(args.data, args.skip_bad_rows, args.split)
-    reads = [(lambda row: tokenizer.chat(row.messages), read_config(args.model)[0].context)]
-    rows = data.fitting(args, rows, reads)
-    return rows, max(len(tokenizer.chat(row.messages)) for row in rows)
+                judge, start, held and held[:args.eval_items], truth_of(referee, embedded), crew)
 
 
 def plan(args, crew=machine.Crew(), longest=None):
@@ -518,13 +522,13 @@ def plan(args, crew=machine.Crew(), longest=None):
     longest: tokens of the longest prompt.
     """
     config, own = read_config(args.model)
-    asked = read_config(args.reward)[1] if names_model(args.reward) else 0
+    asked = [read_config(name)[1] for name in files.reward_models(args.reward)]
     offloaded = args.low_memory and args.device.startswith("cuda")
     positions = (longest or args.query_tokens + 64) + args.answer_tokens
     sampled = max(args.queries * args.answers * positions, ROOM * (args.judge == "written"))
     return machine.memory_plan(config, machine.DTYPES[args.dtype], own, optimizer_floats=2,
                                rows=1, positions=sampled, tokens=args.micro_batch,
-                               recompute=args.low_memory, frozen=[own, asked],
+                               recompute=args.low_memory, frozen=[own, *asked],
                                offloaded=offloaded, processes=crew.size)
 
 
@@ -555,14 +559,17 @@ def train(game, run, args):
             learning.set_rate(game.optimizer, args.lr * min(rise, fall))
             played = step(game, args)
 
-            valid = record.which_valid(game.referee, played.queries)
+            valid = referees.which_valid(game.referee, played.queries)
             games = record.game_records(played, valid)
             games = json.dumps({"step": number, "games": games}) + "\n"
             if not math.isfinite(played.norm):
                 not_finite(run, number, played.norm, games)
             row = {"step": number} | record.measure(played, valid)
-            if hasattr(game.judge, "malformed"):  # the share of verdicts without a grade
-                row["malformed"] = sum(crew.all(game.judge.malformed)) / crew.size
+            for source in (game.referee, game.judge):  # what they say of themselves
+                for name, value in getattr(source, "figures", {}).items():
+                    row[name] = sum(crew.all(value)) / crew.size
+            if number % args.eval_every == 0 and game.held and game.truth:
+                row |= held_scores(game, args)
             row["seconds"] = time.perf_counter() - began
             run.metrics.write(json.dumps(row) + "\n")
             run.games.write(games)
@@ -594,17 +601,34 @@ def not_finite(run, number, norm, games):
                             f"taken, its games are in {path}; try a smaller --lr in a new run")
 
 
+def held_scores(game, args):
+    """Mean rewards on held-out questions: {"held_sampled", "held_greedy"}, of 200 at the most."""
+    with machine.resident(game.model):
+        rates = evaluate.rate(game.model, game.tokenizer, game.held[:200], 0, game.truth,
+                              args.answer_tokens, samples=1)
+    return {f"held_{way}": rewards.mean().item() for way, rewards in rates.items()}
+
+
 def compare(game, run, args):
-    """The scoreboard: the start and the trained model on held-out instructions."""
+    """The scoreboard: the start and the trained model on held-out questions.
+
+    Where nothing is held out, on the Challenger's last queries.
+    """
+    held = game.held
+    if game.truth is None or held == []:
+        lacks = "no --eval-data, and too few rows to hold some out" if game.truth else (
+            "--reward majority alone does not know what is right")
+        print(f"no scoreboard: {lacks}")
+        return
     with machine.resident(game.model), machine.resident(game.reference):
         if game.crew.rank:
             return
-        queries = language.evaluation_set(args.eval_items)
-        # Each has a seed of its own: with one seed both would answer with the same luck.
+        if held is None:
+            held = record.last_queries(run.folder, args.eval_items)
+            print(f"\nthe scores are on the Challenger's last {len(held)} queries")
         players = {"start": game.reference, "now": game.model}
-        rates = {name: evaluate.rate(model, game.tokenizer, queries, 2 * args.seed + i)
-                 for i, (name, model) in enumerate(players.items())}
-        evaluate.scoreboard(rates, queries, run.folder / "evaluation.json")
+        evaluate.compare(players, game.tokenizer, held, game.truth, args.answer_tokens, args.seed,
+                         run.folder / "evaluation.json")
 
 
 def main(argv=None):
@@ -640,7 +664,7 @@ def main(argv=None):
         minutes = (time.perf_counter() - began) / 60
         print(f"\n{done - first} steps in {minutes:.1f} minutes; "
               f"the model is in {run.folder / 'model'}", flush=True)
-        if done and args.reward == "exact":  # the scoreboard speaks of the embedded language
+        if done:
             compare(game, run, args)
         machine.leave(crew)
         if not crew.rank:

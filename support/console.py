@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -108,7 +109,8 @@ def parse(table, argv, command, description, real=False, **defaults):
     table: one row a flag, (flag, kind, default on the embedded model, default on a real one, help).
         A row that is only a text begins a new group in `-h`.
         kind: a function of the text (int, str, positive(float), ..); a tuple of choices; bool for a
-        switch; a list with one function, for a flag that takes several values.
+        switch; a list with one function, for a flag that takes several values; {str} for a flag
+        that may be given several times, whose texts are joined by commas.
     argv: list of words, None for the process's own.
     real: take the column of real models. defaults: other defaults for single flags.
     The namespace also has `command` and `date`, which are written into a run's settings. A chat
@@ -121,11 +123,30 @@ def parse(table, argv, command, description, real=False, **defaults):
             group = parser.add_argument_group(row)
             continue
         flag, kind, tiny, other, words = row
-        group.add_argument(flag, default=other if real else tiny,
+        default = None if isinstance(kind, set) else other if real else tiny
+        group.add_argument(flag, default=default,
                            help=words + _defaults(tiny, other), **_how_to_parse(kind))
     today = datetime.now().isoformat(timespec="seconds")
     parser.set_defaults(command=command, date=today, **defaults)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for row in table:
+        if not isinstance(row, str) and isinstance(row[1], set):
+            name = row[0].removeprefix("--").replace("-", "_")
+            given = getattr(args, name)
+            setattr(args, name, ",".join(given) if given else row[3 if real else 2])
+    return args
+
+
+def specs(rewards):
+    """[(spec, weight)] of --reward: several are joined by commas, and each may end in :weight."""
+    found = []
+    for part in (rewards or "").split(","):
+        spec, _, weight = part.rpartition(":")
+        if spec and re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", weight):
+            found.append((spec, float(weight)))
+        else:
+            found.append((part, 1.0))
+    return found
 
 
 def refuse_idle(argv, game, idle):
@@ -158,6 +179,8 @@ def _how_to_parse(kind):
         return {"action": "store_true"}
     if isinstance(kind, tuple):
         return {"choices": kind}
+    if isinstance(kind, set):
+        return {"action": "append"}
     if isinstance(kind, list):
         return {"type": kind[0], "nargs": "+"}
     return {"type": kind}

@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -145,6 +146,29 @@ def measured(rows, reads, longest, where, skip_bad=None):
     if not good:
         raise UserError(f"{where} ..: no row is left")
     return good
+
+
+def questions(args, tokenizer, context):
+    """(the Rows of --data, those held out for scores, tokens of the longest prompt). UserError."""
+    reads = [(lambda row: tokenizer.chat(row.messages), context)]
+    rows, held = fitting(args, read_data(args.data, args.skip_bad_rows, args.split), reads), []
+    if args.eval_data is None:
+        rows, held = held_out(rows)
+    elif args.eval_data != "none":
+        held = fitting(args, read_data(args.eval_data, args.skip_bad_rows, args.split), reads)
+    return rows, held, max(len(tokenizer.chat(row.messages)) for row in rows + held)
+
+
+def held_out(rows):
+    """(rows to learn from, rows for scores): a tenth is held out, by the question's checksum.
+
+    So the same question never stands on both sides. Of fewer than twenty rows none is held out.
+    """
+    if len(rows) < 20:
+        return rows, []
+    apart = [zlib.crc32(repr(row.messages).encode()) % 10 == 0 for row in rows]
+    return ([row for row, held in zip(rows, apart) if not held],
+            [row for row, held in zip(rows, apart) if held])
 
 
 def fitting(args, rows, reads):

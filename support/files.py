@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.console import UserError, one_line
+from support.console import UserError, one_line, specs
 
 MAX_FILE = 2**28  # bytes of a JSON file: far above any real one
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -42,6 +42,12 @@ def is_hub_name(name):
     """Is this a name on the hub, org/model or org/model@revision, and not a path here?"""
     fits = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name))
     return bool(fits) and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
+def reward_models(rewards):
+    """Those of --reward that name a reward model: a folder or a hub name."""
+    return [spec for spec, _ in specs(rewards)
+            if ":" not in spec and (Path(spec).is_dir() or is_hub_name(spec))]
 
 
 def find(name, patterns=("*.json", "*.jinja", "*.safetensors", "tokenizer.model")):

@@ -7,7 +7,6 @@ from collections import Counter
 import torch
 
 from support import report
-from support.console import UserError
 from support.learning import CLIP
 
 WINDOW = 20  # steps whose mean decides whether a warning is given
@@ -39,6 +38,13 @@ WATCH = {
                    "a larger --answer-tokens"),
     "query_cut": (lambda x: x > 0.5, "most queries are cut at the limit",
                   "a larger --query-tokens or a larger --kl-challenger"),
+    "agreeing": (lambda x: x > 0.9,
+                 "the answers to a query agree nearly always: --reward majority can only make the "
+                 "model surer, be it right or wrong, and greedy accuracy may be falling",
+                 "fewer steps, or a reward that knows the truth"),
+    "unreadable": (lambda x: x > 0.5,
+                   "in most answers --reward math finds nothing that it can read",
+                   "a larger --answer-tokens, or questions that ask for a marked result"),
     "malformed": (lambda x: x > 0.5, "most verdicts of the judge have no score",
                   "--judge expected"),
 }
@@ -96,19 +102,6 @@ def agreement(reward, quality):
     return prefers[pair].mean().item() if pair.any() else None
 
 
-def which_valid(referee, queries):
-    """Which queries have a right answer, [N] of bool; None where the referee cannot tell.
-
-    Raises UserError for another number of them.
-    """
-    if not hasattr(referee, "valid"):
-        return None
-    found = referee.valid([*queries])
-    if not isinstance(found, (list, tuple, torch.Tensor)) or len(found) != len(queries):
-        raise UserError("the reward's `valid` must return one truth value a query")
-    return [bool(x) for x in found]
-
-
 def measure(step, valid):
     """A step's figures: one line of metrics.jsonl, without the step's number.
 
@@ -162,6 +155,13 @@ def game_records(step, valid):
             "answers": [{"answer": text, "times": times, "reward": r, "quality": q}
                         for (text, r, q), times in different.items()]})
     return records
+
+
+def last_queries(folder, count):
+    """The last different queries of a run, `count` at the most."""
+    lines, _ = report.read_games(folder)
+    found = [game["query"] for line in lines for game in line["games"] if game["query"].strip()]
+    return list(dict.fromkeys(reversed(found)))[:count]
 
 
 def game_text(number, step, valid):

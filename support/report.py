@@ -21,6 +21,8 @@ PANELS = {  # the curves: name in metrics.jsonl -> what it shows
     "reward": "mean of the step",
     "quality": "mean of the step",
     "valid": "queries with a right answer",
+    "held_sampled": "held-out questions, temperature 1",
+    "held_greedy": "held-out questions, greedy",
     "spread": "groups whose rewards differ",
     "distinct": "share of different queries",
     "kl_solver": "nats per token",

@@ -37,6 +37,9 @@ SKIP_BAD_ROWS = ("--skip-bad-rows", bool, False, False,
 TEMPLATE_ARGS = ("--template-args", [str], [], [],
                  "variables of the chat template, each name=value in JSON, such as "
                  "enable_thinking=false: for players, judge and data alike")
+EVAL_DATA = ("--eval-data", str, None, None,
+             "held-out rows for the scores, as --data; without it a tenth of --data is held out; "
+             "none: nothing is")
 ANSWER_TOKENS = ("--answer-tokens", positive(int), 32, 256, "longest answer")
 SETTINGS = [
     "the run",
@@ -49,8 +52,7 @@ SETTINGS = [
     ("--save-every", positive(int), 50, 50,
      "steps between checkpoints, from which --resume goes on; one is also written every ten "
      "minutes and on Ctrl-C"),
-    ("--eval-items", positive(int), 1000, 1000,
-     "held-out instructions of the embedded language for the scores"),
+    ("--eval-items", positive(int), 1000, 100, "held-out questions for the scores, at the most"),
     ("--micro-batch", positive(int), 512, 4096,
      "token positions computed at once; changes memory and speed only"),
     ("--dtype", tuple(DTYPES), "float32", "float32",
@@ -111,8 +113,8 @@ def other_files(args):
 
     They are the files of users' functions (--reward, --pay), and the tokenizer's.
     """
-    specs = [getattr(args, name, None) or "" for name in ("reward", "pay")]
-    paths = [Path(spec.rpartition(":")[0] or "-") for spec in specs]
+    specs = f"{getattr(args, 'reward', '')},{getattr(args, 'pay', '')}".split(",")
+    paths = [Path(spec.partition(".py:")[0] + ".py") for spec in specs if ".py:" in spec]
     paths += [Path(args.model) / name for name in TOKENIZER_FILES]
     return {str(path): zlib.crc32(path.read_bytes()) for path in paths if path.is_file()}
 
@@ -331,6 +333,7 @@ def resumed(argv, defaults):
         raise UserError(f"--resume {name}: there is no checkpoint: the run is at its end, or was "
                         "stopped before its first one")
     settings.pop("torch", None)
+    settings.setdefault("eval_data", "none")  # older versions held nothing out
     return argparse.Namespace(**vars(defaults) | settings | {"resume": name})
 
 

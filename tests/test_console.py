@@ -280,6 +280,30 @@ def test_a_file_that_is_no_python_is_one_line(tmp_path):
         console.load_function(tmp_path / "mine.txt", "f", "--reward x")
 
 
+def test_assignments():
+    words = ["enable_thinking=false", 'style="a=b"', "n=3"]
+    assert console.assignments(words) == {"enable_thinking": False, "style": "a=b", "n": 3}
+    for bad in ("a", "a=", "a=b", "1=2", "=3"):
+        with pytest.raises(UserError, match=f"--template-args {bad}: expected name=value"):
+            console.assignments([bad])
+
+
+def test_a_users_function_is_looked_at_before_it_is_needed(users, tmp_path):
+    """How many arguments it takes, and whether it mistakes one for another."""
+    for text, given, says in (
+        ("def f(queries): pass", 2, "it takes 1 arguments, and would get 2"),
+        ("def f(queries, R): pass", 3, "it takes 2 arguments, and would get 3"),
+        ("def f(answers, queries): pass", 2, "the queries and the answers, by their place"),
+        ("def f(answer, messages): pass", 2, "it calls them answer and messages"),
+    ):
+        (tmp_path / "users.py").write_text(text + "\n")
+        with pytest.raises(UserError, match=says):
+            console.users_function(f"{tmp_path}/users.py:f", "--pay", "pay", "a pay", given)
+    (tmp_path / "users.py").write_text("def f(*all): return 1\n")
+    function = console.users_function(f"{tmp_path}/users.py:f", "--pay", "pay", "a pay", 3)
+    assert function(1, 2, 3) == 1
+
+
 def test_a_guarded_reward_is_the_users_own():
     def mine(queries, answers):
         """Says so."""

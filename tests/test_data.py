@@ -280,3 +280,13 @@ def test_what_a_reward_may_ask_for():
     asked, known = [user("a")], [user("b")]
     assert data.columns([data.Row(asked), data.Row(known, "3", 1)]) == {"messages": [asked, known]}
     assert data.columns([data.Row(known, "3")]) == {"messages": [known], "answer": ["3"]}
+
+
+def test_a_tenth_is_held_out_by_the_question():
+    """The same question never stands on both sides, and the same rows give the same tenth."""
+    rows = [data.Row([user(f"Add {i % 500} and 1.")], str(i)) for i in range(1000)]
+    learnt, held = data.held_out(rows)
+    assert len(learnt) + len(held) == 1000 and 60 < len(held) < 140
+    assert not {row.query for row in learnt} & {row.query for row in held}
+    assert data.held_out(rows) == (learnt, held)
+    assert data.held_out(rows[:19]) == (rows[:19], [])  # too few

@@ -46,7 +46,7 @@ def test_the_fast_step_is_the_plain_step(texts):
     plain_gradient = gradient_of(model)
 
     args = selfplay.parse_args(["--model", str(ROOT / "tiny"), "--micro-batch", "128"])
-    game = selfplay.Game(model, reference, *[None] * 10, Crew())
+    game = selfplay.Game(model, reference, *[None] * 12, Crew())
     solver = Player(prompts, groups(answers, plain.G), [], torch.zeros(0))
     challenger = Player([asked], [queries], [], torch.zeros(0))
     fast = {"solver": selfplay.gradients(game, solver, a_sol, args.kl, args),

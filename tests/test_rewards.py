@@ -13,11 +13,11 @@ from rewards import (
     RewardModel,
     WrittenQuality,
     final_answer,
-    judged,
     load_referee,
 )
-from support import console, data, record
+from support import console, data, files, referees
 from support.console import UserError
+from support.referees import judged
 from tiny import language
 
 QUERIES = ['Take "kobani", reverse it.', "Add 2 and 3.", 'Take "kobani", fly it.']
@@ -225,11 +225,11 @@ def test_which_queries_have_an_answer():
             return self.found
     mine = Mine()
     mine.found = torch.tensor([1, 0])
-    assert record.which_valid(mine, ["q", "p"]) == [True, False]
-    assert record.which_valid(max, ["q"]) is None
+    assert referees.which_valid(mine, ["q", "p"]) == [True, False]
+    assert referees.which_valid(max, ["q"]) is None
     for mine.found in ([True], True, None):
         with pytest.raises(UserError, match="`valid` must return one truth value a query"):
-            record.which_valid(mine, ["q", "p"])
+            referees.which_valid(mine, ["q", "p"])
 
 
 def test_math_reward():
@@ -281,7 +281,7 @@ def test_written_verdicts(tiny, monkeypatch):
     assert asked[2:] == [judge.tokenizer.chat(message, room=512 - 160)]
     assert len(judge.tokenizer.chat(message)) > 512 - 160 == len(asked[2])
     assert torch.allclose(scores, torch.tensor([[1.0, 0.0], [3 / 7, 3 / 7]]))
-    assert judge.malformed == pytest.approx(1 / 3)
+    assert judge.figures == {"malformed": pytest.approx(1 / 3)}
 
 
 def test_the_real_rubric_on_another_tokenizer(tmp_path):
@@ -310,7 +310,7 @@ def test_the_real_rubric_on_another_tokenizer(tmp_path):
     ("nowhere", False), (str(ROOT / "model.py"), False),
 ])
 def test_what_names_a_reward_model(spec, is_one):
-    assert rewards.names_model(spec) == is_one
+    assert bool(files.reward_models(spec)) == is_one
 
 
 def test_a_users_referee(tmp_path):
@@ -353,3 +353,60 @@ def test_bad_rewards_are_one_line(value, message):
         return value
     with pytest.raises(UserError, match=message):
         judged(referee, QUERIES, ANSWERS)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the group says, and several referees as one
+
+def test_the_majority_of_a_group_is_right():
+    """A tie pays nobody. Worked answers are compared by the number that they come to."""
+    answers = [["abc", "abd", "abc", ""], ["1 2", "1 3", "1 2", "1 3"],
+               ["so it is 7", "7.0 of them", "it is 8", "#### 7"], ["", "", "a", ""]]
+    reward = rewards.Majority()
+    assert reward(list("qrst"), answers).tolist() == [
+        [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 1], [0, 0, 1, 0]]
+    # The largest part: 2 of 4, 2 of 4, 3 of 4, 1 of 4.
+    assert reward.figures == {"agreeing": 0.5}
+    assert reward(["q"], [["x"] * 3]).tolist() == [[1, 1, 1]]
+    # Lists of numbers are compared whole, and not by their last number.
+    assert reward(["q"], [["1 9", "2 9", "3 9"]]).tolist() == [[0, 0, 0]]
+
+
+def test_several_rewards_are_summed_with_their_weights(tmp_path):
+    (tmp_path / "mine.py").write_text("def short(queries, answers):\n"
+                                      "    return [[-len(a) for a in group] for group in answers]\n"
+                                      "def known(queries, answers, answer):\n"
+                                      "    return [[float(a == k) for a in g]\n"
+                                      "            for g, k in zip(answers, answer)]\n")
+    both = load_referee(f"exact,{tmp_path}/mine.py:short:0.5")
+    assert judged(both, QUERIES, ANSWERS).tolist() == [[1 - 3, -3], [1 - 0.5, -0.5], [-3, 0]]
+    assert both.figures == {"reward_exact": pytest.approx(2 / 6),
+                            "reward_short": pytest.approx(-20 / 6)}
+    assert both.valid(QUERIES) == [True, True, False]
+    assert judged(load_referee("exact:2"), QUERIES, ANSWERS)[0].tolist() == [2, 0]
+    three = load_referee(f"majority:1e-1,{tmp_path}/mine.py:known")
+    scores = judged(three, ["q"], [["3", "3", "4"]], {"answer": ["4"]})
+    assert torch.allclose(scores, torch.tensor([[0.1, 0.1, 1.0]]))
+    assert three.figures["agreeing"] == pytest.approx(2 / 3)
+    with pytest.raises(UserError, match="asks for 'answer'"):
+        judged(three, ["q"], [["3"]])
+    with pytest.raises(UserError, match="two are called exact"):
+        load_referee("exact,exact:2")
+
+
+def test_how_a_reward_is_spelled():
+    assert console.specs("exact") == [("exact", 1.0)]
+    assert console.specs("math,a/b.py:f:0.5,org/model:2") == [
+        ("math", 1.0), ("a/b.py:f", 0.5), ("org/model", 2.0)]
+    assert console.specs("b.py:f") == [("b.py:f", 1.0)]
+    assert console.specs(None) == [("", 1.0)]
+
+
+def test_held_out_scores_never_ask_the_majority():
+    """It would call right whatever it would call right."""
+    exact, majority = ExactReward(), rewards.Majority()
+    assert rewards.truth_of(exact, True) is exact
+    assert isinstance(rewards.truth_of(majority, True), ExactReward)
+    assert rewards.truth_of(majority, False) is None
+    both = referees.Sum({"majority": (majority, 1.0), "exact": (exact, 0.5)})
+    assert rewards.truth_of(both, False) is exact

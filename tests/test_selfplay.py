@@ -541,6 +541,39 @@ def test_the_referee_gets_each_rows_conversation_and_answer(tiny):
     assert graded == [[["a", "10"], ["", "d"]]]
 
 
+def test_every_run_ends_with_a_scoreboard(tmp_path):
+    """Whatever the reward: on the data's held-out tenth, and on the way there, too."""
+    rows = [{"prompt": f"Add {i} and 2.", "answer": str(i + 2)} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run(tmp_path, *TINY, "--steps", "2", "--queries", "4", "--answers", "2", "--game",
+               "grpo", "--data", "rows.jsonl", "--reward", "math", "--eval-every", "2", "--run",
+               "a")
+    rows = [data.Row([{"role": "user", "content": row["prompt"]}], row["answer"]) for row in rows]
+    learnt, held = data.held_out(rows)
+    assert f"all (n={len(held)})" in done.stdout and "gain over the start" in done.stdout
+    lines = read_lines(tmp_path / "runs" / "a" / "metrics.jsonl")
+    assert "held_greedy" not in lines[0] and 0 <= lines[1]["held_sampled"] <= 1
+    games = read_lines(tmp_path / "runs" / "a" / "games.jsonl")
+    asked = {game["query"] for step in games for game in step["games"]}
+    assert asked <= {row.query for row in learnt}
+    # Other held-out rows may be named, or none.
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "Add 1 and 1.", "answer": "2"}\n' * 3)
+    words = [*TINY, "--steps", "1", "--queries", "2", "--answers", "2", "--game", "grpo", "--data",
+             "rows.jsonl", "--reward", "math"]
+    assert "all (n=3)" in run(tmp_path, *words, "--eval-data", "eval.jsonl").stdout
+    assert "no scoreboard: no --eval-data" in run(tmp_path, *words, "--eval-data", "none").stdout
+
+
+def test_the_majority_is_scored_by_the_truth(tmp_path):
+    done = run(tmp_path, *TINY, "--steps", "1", "--queries", "3", "--answers", "4", "--reward",
+               "majority", "--reward", "exact:0.5", "--run", "a")
+    row, = read_lines(tmp_path / "runs" / "a" / "metrics.jsonl")
+    assert row["reward"] == pytest.approx(row["reward_majority"] + row["reward_exact"] / 2)
+    assert 0.25 <= row["agreeing"] <= 1 and "win rate" in done.stdout
+    settings = json.loads((tmp_path / "runs" / "a" / "settings.json").read_text())
+    assert settings["reward"] == "majority,exact:0.5"
+
+
 def test_a_run_made_to_fail_says_so(tmp_path, monkeypatch):
     """The learning rate is far too large, so the KL grows without bound.
 
@@ -649,6 +682,8 @@ def test_a_real_llama_plays(tmp_path, real_llama):
     assert read("written")["malformed"] == 1 and read("written")["quality"] == 0
     assert read("grpo")["reward"] == 0
     assert (tmp_path / "runs" / "grpo" / "model" / "model.safetensors").is_file()
+    scores = json.loads((tmp_path / "runs" / "lsp" / "evaluation.json").read_text())["scores"]
+    assert scores["now"]["all"]["n"] == 2  # the Challenger's last queries
     grpo = json.loads((tmp_path / "runs" / "grpo" / "settings.json").read_text())
     assert grpo["lr"] == 1e-6
     for flags, says in (

@@ -431,6 +431,19 @@ def test_a_conversation_is_cut_to_the_room_there_is(tmp_path, tiny):
     assert len(tokenizer.chat(long, room=least + 4)) == least + 4
 
 
+def test_a_template_has_switches(tmp_path):
+    """A variable that the user sets reaches every rendering. One that nobody sets is known."""
+    template = ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+                "{% if enable_thinking is defined and enable_thinking is false %}no{% endif %}"
+                "{{ style }}{% endif %}")
+    folder = copy_tokenizer(tmp_path, chat_template=template)
+    message = [{"role": "user", "content": "a"}]
+    told = Tokenizer(folder, None, {"enable_thinking": False, "style": "!"})
+    plain = Tokenizer(folder)
+    assert (plain.decode(plain.chat(message)), told.decode(told.chat(message))) == ("a", "ano!")
+    assert plain.unset == ["enable_thinking"] and told.unset == []
+
+
 def test_what_a_completion_says_to_others(tiny, tmp_path):
     """A thought is left out. One that was cut before it ended says nothing."""
     tokenizer = tiny[1]
