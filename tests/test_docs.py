@@ -119,7 +119,7 @@ WRITTEN = {"metrics.jsonl", "games.jsonl", "settings.json", "curves.png", "evalu
            "warnings.txt", "report.html", "not-finite.json", "model_outputs.json",
            "checkpoint.safetensors", "model.safetensors", "claims.md"}
 BROUGHT = {"mine.py", "gsm8k.jsonl", "chats.jsonl", "alpaca_eval.json", "after.json", "before.json",
-           "FILE.jsonl", "nowhere.jsonl"}
+           "FILE.jsonl", "nowhere.jsonl", "alpaca.json", "style.py"}
 FILE = r"(?:[\w.-]+/)*[\w-]+\.(?:py|md|png|jsonl?|txt|html|safetensors|cff|toml)"
 
 
