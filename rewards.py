@@ -20,9 +20,7 @@ The judge grades on a rubric of 7 points. Both quality rewards return its grade 
 they lie between 0 and 1.
 """
 import re
-import unicodedata
 from collections import Counter
-from fractions import Fraction
 from os.path import commonprefix
 from pathlib import Path
 
@@ -30,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from model import load, pack, sample_all, states
-from support import console, files, machine, referees
+from support import console, files, machine, referees, worked
 from tiny import language
 
 # The rubric for a model that does not speak the embedded language: LSP's seven additive points.
@@ -47,11 +45,6 @@ EXPECTED = "Reply with the number of points alone, one digit."
 WRITTEN = ("Justify your grade in at most three sentences, then end with the number of points as "
            "<score>n</score>.")
 EXCHANGE = "Query:\n{query}\n\nAnswer:\n{answer}"
-# A number in plain text: 1,234.50, -$3, 1e5, 3/4. What is a piece of a longer expression is none:
-# 2^10, 1,2.
-NUMBER = (r"(?<![\d.^/*])(?<!\d,)(?:(?<![\d)])-\$?)?"
-          r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-          r"(?:[eE][+-]?\d\d?)?(?:/[1-9]\d*)?(?![\d/^*]|[.,]\d|[eE][+-]?\d)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -79,62 +72,30 @@ class ExactReward:
 
 
 class MathReward:
-    """1 where an answer comes to the same as the known one, else 0. For questions as in GSM8K."""
+    """1 where an answer comes to the same as the known one, else 0. For questions as in GSM8K.
 
-    def __init__(self, data):
-        """data: Rows. Raises UserError where a known answer is not clear."""
-        for row in data:
-            marked = "####" in row.answer or "\\boxed{" in row.answer
-            plain = marked or re.fullmatch(rf"\$?{NUMBER}", row.answer.strip())
-            if not plain or final_answer(row.answer) is None:
-                raise console.UserError(f"--reward math: the known answer in line {row.line} is "
-                                        "neither a number nor marked by #### or \\boxed{}: "
-                                        f"{row.answer[:60]!r}")
+    Plain numbers are compared exactly, other answers by math-verify, where that is installed. See
+    support/worked.py. figures["unreadable"]: the share of answers in the last call that came to
+    nothing clear.
+    """
+
+    def __init__(self, rows):
+        """rows: of the data. Raises UserError where a known answer is not clear."""
+        self.figures = {}
+        for row in rows:
+            if why := worked.unclear(row.answer):
+                raise console.UserError(f"--reward math: the known answer in line {row.line} "
+                                        f"{why}: {row.answer[:60]!r}")
+        console.note(f"--reward math: {worked.judges()}")
 
     def __call__(self, queries, answers, answer):
         """R [N, G] of N texts and N lists of G texts. answer: the N known ones."""
-        known = [final_answer(text) for text in answer]
-        return torch.tensor([[float(final_answer(text) == right) for text in group]
-                             for right, group in zip(known, answers)])
-
-
-def final_answer(text):
-    """What a worked answer comes to, as a text, or None.
-
-    That is its last boxed expression, or what follows its last ####, or else its last number.
-    It is meant for numbers, as in GSM8K: $1,234.50 and 1234.5 are the same, and so are 3/4 and .75.
-    Words beside a marked number do not count. Any other expression is compared as it stands,
-    without spaces: two forms of one are then unequal, which pays less than is due, never more.
-    """
-    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")  # minus sign, wide digits
-    text = re.sub(r"(?<![\w)])\*\*([^*]+)\*\*(?![\w(])", r"\1", text)  # bold, in Markdown
-    if "\\boxed{" in text:
-        text = boxed(text).replace("\\$", "$").replace("\\%", "%").strip()
-        # Perhaps a variable or a sign of money before the number, and a unit behind it.
-        unit = r"(?:\\? [a-zA-Z ]+|\\text{[^{}]*})?"
-        alone = re.fullmatch(rf"(?:[a-z] ?= ?)?\$?({NUMBER})%?{unit}", text)
-        text = alone[1] if alone else "".join(text.split())
-    elif "####" in text:
-        marked = text.rpartition("####")[2].strip().split("\n")[0]
-        numbers = re.findall(NUMBER, marked)
-        text = numbers[0] if len(numbers) == 1 else "".join(marked.split())
-    else:
-        text = (re.findall(NUMBER, text) or [""])[-1]
-    if re.fullmatch(NUMBER, text) and len(text) < 100:
-        over, _, under = re.sub("[,$]", "", text).partition("/")
-        return str(Fraction(over) / Fraction(under or 1))
-    return text or None
-
-
-def boxed(text):
-    """What the last \\boxed{..} of a text holds; up to the text's end where it is not closed."""
-    inside = text[text.rindex("\\boxed{") + len("\\boxed{"):]
-    depth = 1
-    for i, letter in enumerate(inside):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if depth == 0:
-            return inside[:i]
-    return inside
+        known = [worked.final_answer(text) for text in answer]
+        found = [[worked.final_answer(text) for text in group] for group in answers]
+        every = [given for group in found for given in group]
+        self.figures = {"unreadable": every.count(None) / max(1, len(every))}
+        return torch.tensor([[float(worked.same(right, given)) for given in group]
+                             for right, group in zip(known, found)])
 
 
 class Majority:
@@ -163,7 +124,7 @@ class Majority:
     def comes_to(text):
         """What two answers are compared by: the number that words come to, or the whole text."""
         words = re.search("[A-Za-z]{2}|####", text)
-        return (words and final_answer(text)) or " ".join(text.split())
+        return (words and worked.final_answer(text)) or " ".join(text.split())
 
 
 # --------------------------------------------------------------------------------------------------

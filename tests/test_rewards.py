@@ -12,12 +12,12 @@ from rewards import (
     QualityReward,
     RewardModel,
     WrittenQuality,
-    final_answer,
     load_referee,
 )
 from support import console, data, files, referees
 from support.console import UserError
 from support.referees import judged
+from support.worked import final_answer
 from tiny import language
 
 QUERIES = ['Take "kobani", reverse it.', "Add 2 and 3.", 'Take "kobani", fly it.']
@@ -152,17 +152,17 @@ def test_a_model_without_a_score_head_is_refused():
 @pytest.mark.parametrize("text, value", [
     ("It is 3 + 4 = 7.", "7"), ("So she makes $1,234.50", "2469/2"),
     ("#### 18", "18"), ("1 and 2\n#### -1,000\n", "-1000"),
-    ("\\boxed{12} or 13", "12"), ("\\boxed{1} \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("\\boxed{12} or 13", "12"), ("\\boxed{1} \\boxed{\\frac{1}{2}}", "1/2"),
     ("\\boxed{ \\$5.0 }", "5"), ("\\boxed{3/4}", "3/4"),
     ("I do not know", None), ("", None),
-    ("7.0", "7"), ("\\boxed{3", "3"),
+    ("7.0", "7"), ("\\boxed{3", None),
     ("#### 18 dollars", "18"), ("#### **18**", "18"),
     ("#### 42\nLet me know!", "42"), ("it is .5", "1/2"),
     ("9" * 5000, "9" * 5000),
     ("#### 1e5", "100000"), ("#### 1/2", "1/2"), ("#### 1/3", "1/3"), ("#### 6/4", "3/2"),
     ("#### 1/0", "1/0"), ("#### none", "none"), ("**5**", "5"), ("2**3", None),
-    ("#### (1, 2)", "(1,2)"), ("between 5-7", "7"), ("-$5", "-5"),
-    ("it is \u22123", "-3"), ("\uff11\uff12", "12"), ("2^10", None), ("1.000,5", None),
+    ("#### (1, 2)", "(1,2)"), ("between 5-7", None), ("-$5", "-5"),
+    ("it is \u22123", "-3"), ("\uff11\uff12", "12"), ("2^10", None), ("1.000,5", "2001/2"),
     ("\\boxed{x+5}", "x+5"), ("\\boxed{x = 5}", "5"), ("\\boxed{5\\text{ cm}}", "5"),
     ("\\boxed{50\\%}", "50"), ("\\boxed{1,234}", "1234"), ("\\boxed{-3}", "-3"),
 ])
