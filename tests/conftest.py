@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Real data that is not part of the project. Tests that need it are skipped where it is missing.
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
-# Every machine uses the same number of threads, unless OMP_NUM_THREADS sets another one.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+# Every machine uses the same number of threads, unless OMP_NUM_THREADS sets another one: two in
+# all, be it one process (python -m pytest) or two (-n 2).
+each = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", each)))
 
 import model as llama
 from support import console, report

@@ -24,7 +24,7 @@ from safetensors import safe_open
 import model as llama
 import selfplay
 import spin
-from support import console, data, learning, report, runs, text
+from support import console, data, learning, report, runs, text, worked
 
 SECONDS, MEMORY = 5, 4 * 2**30
 text.TEMPLATE_SECONDS = 1  # the usual limit is longer, and there are a hundred hostile templates
@@ -52,6 +52,14 @@ def weights(folder):
     llama.load(folder)
 
 
+def judge(folder):
+    """Compare a worked answer with known ones, whatever it says now."""
+    given = worked.final_answer((folder / "answer.txt").read_text(errors="replace"))
+    for known in ("#### 18", "\\boxed{(1,2)}", "\\boxed{x^2+1}"):
+        worked.same(worked.final_answer(known), given)
+        worked.same(given, worked.final_answer(known))
+
+
 # The file that is broken, and how it is read. All other files of the folder are whole.
 READERS = {
     "config.json": weights,
@@ -61,6 +69,9 @@ READERS = {
     "tokenizer.json": chat,
     "tokenizer_config.json": chat,
     "data.jsonl": lambda folder: data.read_data(folder / "data.jsonl"),
+    "data.json": lambda folder: data.read_data(folder / "data.json"),
+    "data.csv": lambda folder: data.read_data(folder / "data.csv"),
+    "answer.txt": judge,
     "instructions.json":
         lambda folder: data.read_instructions(folder / "instructions.json"),
     "metrics.jsonl": lambda folder: report.read_metrics(folder),
@@ -96,8 +107,16 @@ def whole(folder):
         '{"question": "c", "answer": "d"}\n'
         '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},'
         ' {"role": "assistant", "content": "v"}]}\n')
-    write_json(folder / "instructions.json", [
-        {"instruction": "a", "dataset": "b"}, {"instruction": "c"}])
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    write_json(folder / "data.json", [
+        {"instruction": "a", "input": "b", "output": "c"}, {"conversations": turns},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+         "completion": "b", "system": "c", "level": 1}])
+    (folder / "data.csv").write_text('question,answer\n"a, b",1\nc,2\n')
+    (folder / "answer.txt").write_text(
+        "So 3/4 of $1,234.50 is \\frac{1}{2}, or -5 \\times 10^{3} cm.\n#### 18\n"
+        "\\boxed{(1, \\frac{3}{4})} the answer is **x^2 + 2 1/2**")
+    write_json(folder / "instructions.json", [        {"instruction": "a", "dataset": "b"}, {"instruction": "c"}])
     (folder / "metrics.jsonl").write_text(
         '{"step": 1, "reward": 0.5}\n'
         '{"step": 2, "reward": 0.25}\n')
