@@ -116,7 +116,8 @@ def whole(folder):
     (folder / "answer.txt").write_text(
         "So 3/4 of $1,234.50 is \\frac{1}{2}, or -5 \\times 10^{3} cm.\n#### 18\n"
         "\\boxed{(1, \\frac{3}{4})} the answer is **x^2 + 2 1/2**")
-    write_json(folder / "instructions.json", [        {"instruction": "a", "dataset": "b"}, {"instruction": "c"}])
+    write_json(folder / "instructions.json", [
+        {"instruction": "a", "dataset": "b"}, {"instruction": "c"}])
     (folder / "metrics.jsonl").write_text(
         '{"step": 1, "reward": 0.5}\n'
         '{"step": 2, "reward": 0.25}\n')

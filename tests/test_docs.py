@@ -187,7 +187,8 @@ def test_a_name_that_is_not_there_is_seen():
 # --------------------------------------------------------------------------------------------------
 # Flags
 
-FOREIGN = {"--nproc-per-node", "--shutdown-timeout", "--model_args"}  # torchrun's, lm_eval's
+# pytest's, torchrun's and lm_eval's
+FOREIGN = {"--dist", "--nproc-per-node", "--shutdown-timeout", "--model_args"}
 GAMES = ("selfplay.py", "spin.py")
 
 
