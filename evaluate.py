@@ -197,6 +197,19 @@ def scoreboard(rates, queries, path):
         print((f"{name}: " if len(wins) > 1 else "") + win_line(wins[name]))
 
 
+def people_table(rates):
+    """What SPIN changed on held-out rows, of {name: {"people": log p a token [n]}}, as text."""
+    start, *others = rates
+    lines = [f"log p of people's held-out answers (n={len(rates[start]['people'])}), nats a token; "
+             "the change since the start is paired:"]
+    for name in others:
+        change = rates[name]["people"] - rates[start]["people"]
+        gain = normal(change, change.min().item(), change.max().item())
+        lines.append("    {:<14}{:9.4f}   {:+.4f} [{:+.4f}, {:+.4f}]".format(
+            name, rates[name]["people"].mean(), *gain))
+    return "\n".join(lines)
+
+
 def compare(players, tokenizer, queries, referee, limit, seed, path):
     """The scoreboard of {name: model}: see `rate` and `scoreboard`."""
     # Each has a seed of its own: with one seed both would answer with the same luck.
@@ -285,8 +298,9 @@ def score_command(args):
                                     "`score` asks: compare it by `evaluate.py duel`")
     queries = language.evaluation_set(args.items, args.held_out)
     found = []
+    variables = console.assignments(args.template_args)
     for i, name in enumerate(names):
-        model, tokenizer = load(runs.model_folder(name), args.device)
+        model, tokenizer = load(runs.model_folder(name), args.device, variables=variables)
         # Each has a seed of its own: with one seed all would answer with the same luck.
         luck = 0 if i == len(args.model) else i + 1
         rates = rate(model, tokenizer, queries, 1000 * args.seed + luck)
@@ -331,15 +345,16 @@ def duel_command(args):
     asked = [data.Row([{"role": "user", "content": query}], None, i + 1)
              for i, query in enumerate(queries)]
     dtype, referee, judge = machine.DTYPES[args.dtype], None, None
+    template = None, console.assignments(args.template_args)
     # The judge first: whatever is wrong with it shows before hours of answering.
     if args.reward:
-        referee = load_referee(args.reward, args.device, dtype=dtype)
+        referee = load_referee(args.reward, args.device, None, dtype, template)
         console.asked_for(referee, {})  # it gets queries and answers alone
     else:
-        judge = PairJudge(*load(runs.model_folder(args.judge), args.device, dtype))
+        judge = PairJudge(*load(runs.model_folder(args.judge), args.device, dtype, *template))
     for name in (args.model, args.against):  # what does not fit shows before hours of answering
         folder = files.find(runs.model_folder(name))
-        tokenizer = Tokenizer(folder)
+        tokenizer = Tokenizer(folder, *template)
         reads = [(lambda row: tokenizer.chat(row.messages), read_config(folder)[0].context)]
         if hasattr(referee, "ids"):
             reads.append((lambda row: referee.ids(row.messages, ""), referee.model.config.context))
@@ -349,7 +364,7 @@ def duel_command(args):
                       f"--instructions {args.instructions}, entry")
     outputs, spoken, cut = [], [], {}
     for name in (args.model, args.against):
-        model, tokenizer = load(runs.model_folder(name), args.device, dtype)
+        model, tokenizer = load(runs.model_folder(name), args.device, dtype, *template)
         answers = sampled(model, tokenizer, queries, 1, 0, 0, args.answer_tokens)
         cut[name] = sum(ids[-1] not in model.end_ids for ids, in answers) / len(answers)
         outputs.append([tokenizer.decode(ids) for ids, in answers])
@@ -454,6 +469,8 @@ def parse_args(argv=None):
     add("--seed", type=ZERO_TOO, default=0, help="seed of the sampling")
     add("--json", metavar="FILE", default=argparse.SUPPRESS,
         help="of one MODEL: write the figures of every instruction there")
+    add("--template-args", nargs="+", default=[], metavar="NAME=VALUE",
+        help="variables of the chat template, with values in JSON")
     add("--device", default=machine.DEVICE, help="cpu, cuda, ..")
 
     add = command("duel", duel_command)
@@ -470,6 +487,8 @@ def parse_args(argv=None):
     add("--outputs", default="model_outputs.json", metavar="FILE",
         help="where MODEL's answers go, as alpaca_eval reads them")
     add("--dtype", choices=list(machine.DTYPES), default="float32", help="of all models")
+    add("--template-args", nargs="+", default=[], metavar="NAME=VALUE",
+        help="variables of the chat template, with values in JSON")
     add("--device", default=machine.DEVICE, help="cpu, cuda, ..")
 
     add = command("report", report_command)

@@ -170,6 +170,7 @@ class Game(NamedTuple):
     generator: torch.Generator  # the opponent's answers
     rng: random.Random  # the order of the pairs
     start: int  # fingerprint of the starting model and the data
+    held: list  # (prompt, people's answer) of held-out rows, as ids
 
 
 class Iteration(NamedTuple):
@@ -281,6 +282,7 @@ SETTINGS = [
      "a file (JSONL, JSON, CSV, Parquet) or hub dataset in one of the shapes of support/data.py; "
      "without it: the embedded default's fine-tuning set, answered right"),
     runs.SPLIT,
+    runs.EVAL_DATA,
     runs.SKIP_BAD_ROWS,
     ("--iterations", COUNT, 4, 4, "how often the player becomes the opponent"),
     ("--pairs", COUNT, 5000, 50000,
@@ -350,17 +352,24 @@ def set_up(args):
     player.recompute = args.low_memory
     reads = [(lambda row: tokenizer.chat(row.messages), config.context),
              (lambda row: tokenizer.reply(row.messages, row.answer, player.end_ids), None)]
-    found = data.measured(rows, reads, args.answer_tokens,
-                          f"--data {args.data}, line" if args.data else "instruction",
-                          args.skip_bad_rows if args.data else None)
-    rng = random.Random(args.seed)
+    def read(rows, name):  # [(row, (prompt, answer))]
+        return data.measured(rows, reads, args.answer_tokens, f"--data {name}, line",
+                             args.skip_bad_rows)
+    held = []
+    if args.data:
+        rows, held = data.held_out(rows) if args.eval_data is None else (rows, [])
+        if args.eval_data not in (None, "none"):
+            held = data.read_data(args.eval_data, args.skip_bad_rows, args.split)
+        held = read(held, args.eval_data or args.data)
+    found, rng = read(rows, args.data), random.Random(args.seed)
     rng.shuffle(found)
     rows = [row for row, _ in found]
     prompts = [prompt for _, (prompt, _) in found]
     answers, cut = cut_answers([reply for _, (_, reply) in found], args.answer_tokens)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    return Game(player, tokenizer, rows, prompts, answers, cut, generator, rng,
-                learning.fingerprint(player, rows))
+    start = learning.fingerprint(player, rows + [row for row, _ in held])
+    return Game(player, tokenizer, rows, prompts, answers, cut, generator, rng, start,
+                [ids for _, ids in held][:args.eval_items])
 
 
 def new_iteration(game, args, t, last, before):
@@ -402,8 +411,8 @@ def go_on(run, game, args, optimizer):
     rivals = tensors["rivals"].split(tensors["lengths"].tolist())  # of length 0: not yet answered
     pairs = [Pair(game.prompts[i], game.answers[i], y.tolist()) for i, y in zip(both, rivals)]
     ref = tensors["ref"].to(args.device) if "ref" in tensors else None
-    rates = {name: {key: tensors[f"rate.{name}.{key}"] for key in ("sampled", "greedy")}
-             for name in run.facts["rates"]}
+    rates = {name: {key.rpartition(".")[2]: value for key, value in tensors.items()
+                    if key.startswith(f"rate.{name}.")} for name in run.facts["rates"]}
     it = Iteration(t, before, game.rng.getstate(), chosen, pairs, ref)
     return it, run.facts["update"], rates
 
@@ -453,12 +462,27 @@ def own_pairs(it):
 
 
 def add_score(game, args, rates, name):
-    """Score the player by this name, where the scoreboard speaks of the embedded language."""
-    if not args.data:
+    """Score the player by this name: right answers, or log p of people's held-out answers."""
+    if game.held:
+        rates[name] = {"people": people_logprobs(game.player, game.held, args.micro_batch)}
+        mean = rates[name]["people"].mean()
+        print(f"log p of people's held-out answers, of {name}: {mean:.4f} nats a token "
+              f"(n={len(game.held)})", flush=True)
+    elif not args.data:
         queries = language.evaluation_set(args.eval_items)
         seed = 1000 * args.seed + len(rates)
         rates[name] = evaluate.rate(game.player, game.tokenizer, queries, seed)
         print(f"right answers of {name}: {evaluate.short(rates[name])}", flush=True)
+
+
+@torch.no_grad()
+def people_logprobs(player, held, micro_batch):
+    """The mean log-probability of a token of each held-out answer, [n] in nats, on the CPU."""
+    total = torch.zeros(len(held), device=player.embed.weight.device)
+    prompts, answers = [prompt for prompt, _ in held], [[answer] for _, answer in held]
+    for packed in pack(prompts, answers, micro_batch, total.device):
+        total = total.index_add(0, packed.owner, logprobs(player, packed))
+    return total.cpu() / torch.tensor([len(answer) for answer, in answers])
 
 
 def show_pair(game, args, it):
@@ -581,7 +605,9 @@ def main(argv=None):
         minutes = (time.perf_counter() - began) / 60
         print(f"\n{made - first} updates in {minutes:.1f} minutes; "
               f"the iterates are in {run.folder}")
-        if rates:
+        if game.held:
+            print(evaluate.people_table(rates))
+        elif rates:
             queries = language.evaluation_set(args.eval_items)
             evaluate.scoreboard(rates, queries, run.folder / "evaluation.json")
         report.show_run(run.folder)

@@ -143,7 +143,7 @@ def measured(rows, reads, longest, where, skip_bad=None):
             good.append((row, [ids for ids, _ in found]))
     bar.close()
     sort_out(where, bad, skip_bad)
-    if not good:
+    if rows and not good:
         raise UserError(f"{where} ..: no row is left")
     return good
 

@@ -171,6 +171,13 @@ def test_a_saved_tokenizer_is_read_by_transformers_as_by_us(folder, tmp_path):
         assert saved == settings | {"tokenizer_class": kept}
 
 
+def test_the_switches_of_the_template_are_told_to_who_opens_the_model(folder, tmp_path):
+    save(load(folder, variables={"enable_thinking": False})[0], tmp_path / "a")
+    assert '{"enable_thinking": false}' in (tmp_path / "a" / "README.md").read_text()
+    save(load(folder)[0], tmp_path / "b")
+    assert not (tmp_path / "b" / "README.md").exists()
+
+
 def test_ids_may_have_gaps(folder):
     """The largest id counts, not how many there are."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -318,6 +319,31 @@ def test_answers_cut_at_the_limit_have_no_end_token(tiny):
     rivals = opponent_answers(model, prompts, 4, torch.Generator().manual_seed(0))
     assert len(rivals[0]) == 4 and not model.end_ids & set(rivals[0])
     assert rivals[1][-1] in model.end_ids
+
+
+def test_held_out_answers_are_scored(tmp_path):
+    """A tenth of the data is held out. After each iteration it says how probable its answers are.
+    """
+    rng = random.Random(3)
+    rows = [language.draw(rng) for _ in range(60)]
+    text = "\n".join(json.dumps({"prompt": q, "answer": language.solve(q)}) for q in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    done = command(spin, tmp_path, *TINY, "--data", "rows.jsonl", "--game", "sft", "--iterations",
+                   "2", "--epochs", "1", "--batch", "16", "--lr", "3e-4")
+    assert done.returncode == 0, done.stderr
+    kept, held = data.held_out(data.read_data(tmp_path / "rows.jsonl"))
+    assert f"log p of people's held-out answers (n={len(held)}), nats a token" in done.stdout
+    args = spin.parse_args([*TINY, "--data", str(tmp_path / "rows.jsonl"), "--iterations", "2"])
+    game = spin.set_up(args)
+    assert len(game.data) == len(kept) and not {r.query for r in game.data} & {
+        r.query for r in held}
+    start = spin.people_logprobs(game.player, game.held, 64)
+    prompt, answer = game.held[0]
+    lp = game.player.logits(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1].log_softmax(-1)
+    plain = lp.gather(1, torch.tensor(answer)[:, None]).mean()
+    assert start[0].item() == pytest.approx(plain.item(), abs=1e-4)
+    assert f"of start: {start.mean():.4f} nats a token" in done.stdout
+    assert len(re.findall(r"iteration \d +-\d\.\d+ +[+-]\d\.\d+ \[", done.stdout)) == 2
 
 
 def test_a_run_says_how_many_of_peoples_answers_it_cuts(tmp_path):
