@@ -461,22 +461,13 @@ def set_up(args, device, crew=machine.Crew()):
         rows, held, longest = data.questions(args, tokenizer, read_config(args.model)[0].context)
     machine.check_memory(plan(args, crew, longest), device, args.dry_run, crew.size)
     runs.check_disk(args, read_config(args.model)[1], optimizer_floats=2, models=1)
-    referee = load_referee(args.reward, device, rows, dtype, template, args.micro_batch)
-    for part in referees.parts_of(referee):  # is all at hand that they ask for?
-        console.asked_for(part, data.columns(rows or [data.Row([])]))
-    readers = [part for part in referees.parts_of(referee) if hasattr(part, "ids")]  # reward models
-    pay = PAY.get(args.pay) or console.users_function(
-        args.pay, "--pay", "pay", f"{', '.join(PAY)} or file.py:function", given=3)
+    referee, readers, pay = load_judgement(args, device, dtype, template, rows)
     # Several processes share the weights out, and each begins with all of them on the CPU. There
     # the reference is loaded anew, so that each process holds one whole copy at a time.
     where = (device, dtype) if alone else ("cpu", torch.float32)
     model, tokenizer = load(args.model, *where, *template)
     model.recompute = args.low_memory
     start = learning.fingerprint(model, rows and rows + (held or []))
-    embedded = language.spoken_by(args.model)
-    if embedded and not args.data:
-        held = [data.Row([{"role": "user", "content": query}], language.solve(query))
-                for query in language.evaluation_set(args.eval_items)]
     if alone:
         reference = copy.deepcopy(model).requires_grad_(False)
     else:
@@ -508,12 +499,28 @@ def set_up(args, device, crew=machine.Crew()):
     own = random.Random(f"{args.seed} {crew.rank}").getrandbits(32) if crew.rank else args.seed
     generator, rng = torch.Generator(device).manual_seed(own), random.Random(args.seed)
 
+    embedded = language.spoken_by(args.model)
+    if embedded and not args.data:
+        held = [data.Row([{"role": "user", "content": query}], language.solve(query))
+                for query in language.evaluation_set(args.eval_items)]
+
     def ask():
         if rows:
             return rng.choice(rows)
         return data.Row([{"role": "user", "content": language.draw(rng)}])
     return Game(model, reference, tokenizer, optimizer, generator, rng, prompt, ask, referee, pay,
                 judge, start, held and held[:args.eval_items], truth_of(referee, embedded), crew)
+
+
+def load_judgement(args, device, dtype, template, rows):
+    """(referee, those of its parts that are reward models, pay). Raises UserError."""
+    referee = load_referee(args.reward, device, rows, dtype, template, args.micro_batch)
+    parts = referees.parts_of(referee)
+    for part in parts:  # is all at hand that they ask for?
+        console.asked_for(part, data.columns(rows or [data.Row([])]))
+    pay = PAY.get(args.pay) or console.users_function(
+        args.pay, "--pay", "pay", f"{', '.join(PAY)} or file.py:function", given=3)
+    return referee, [part for part in parts if hasattr(part, "ids")], pay
 
 
 def plan(args, crew=machine.Crew(), longest=None):
