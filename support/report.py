@@ -39,6 +39,7 @@ PANELS = {  # the curves: name in metrics.jsonl -> what it shows
     "similarity": "text that two queries share",
     "agreement": "judge prefers the right answer",
 }
+SPARSE = ("held_sampled", "held_greedy")  # measured every so many steps: points, not smoothed
 SHARES = ("valid", "spread", "distinct", "agreement", "accuracy")  # these are drawn from 0 to 1
 
 # One colour for each run. All are readable on white and on black.
@@ -59,7 +60,7 @@ def read_metrics(run):
     """Read the metrics.jsonl of a run. Returns {name: [a value for each step]}, with "step".
 
     Where a step lacks a figure that others have, the value of the step before stands in for it.
-    Before the first value, that first value does. A last line that was cut off is left out.
+    Before the first value, that first value does. (In the figures of SPARSE, NaN does.) A last line that was cut off is left out.
     Raises UserError for any other line that is not a JSON object of numbers.
     """
     path = Path(run) / "metrics.jsonl"
@@ -77,7 +78,7 @@ def read_metrics(run):
         value = next(row[name] for row in rows if name in row)
         columns[name] = []
         for row in rows:
-            value = row.get(name, value)
+            value = row.get(name, math.nan if name in SPARSE else value)
             columns[name].append(value)
     return columns
 
@@ -163,6 +164,9 @@ def ends(curve):
     """One cell of `first_and_last`. Returns "" for a run that has no such curve."""
     if curve is None:
         return ""
+    known = [value for value in curve if not math.isnan(value)]
+    if len(known) < len(curve):  # a figure of SPARSE
+        return f"{known[0]:8.3f} -> {known[-1]:8.3f}"
     return f"{tenth(curve, False, 10):8.3f} -> {tenth(curve, True, 10):8.3f}"
 
 
@@ -184,6 +188,10 @@ def plot(axis, key, data):
     for run, colour in colours(data).items():
         if key in data[run]:
             steps, curve = data[run]["step"], data[run][key]
+            if key in SPARSE:
+                points = [(x, y) for x, y in zip(steps, curve) if not math.isnan(y)]
+                axis.plot(*zip(*points), color=colour, marker="o", markersize=3, label=run)
+                continue
             axis.plot(*thin(steps, curve), color=colour, alpha=0.35, linewidth=0.7)
             axis.plot(*thin(steps, smooth(curve, 20)), color=colour, label=run)
     axis.set_title(f"{key}\n{PANELS[key]}", fontsize=9)

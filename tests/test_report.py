@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from unittest import mock
 
 import pytest
 from conftest import ROOT, command, read_lines
@@ -71,6 +72,23 @@ def test_a_page_without_answers_loads_no_model(runs, monkeypatch):
     monkeypatch.setattr(evaluate, "load", None)
     assert command(evaluate, runs, "report", "runs/lsp", "--ask", "0").returncode == 0
     assert "every checkpoint" not in (runs / "runs" / "lsp" / "report.html").read_text()
+
+
+def test_a_figure_of_some_steps_is_drawn_and_told_by_those(tmp_path):
+    """Scores on held-out questions are measured every so many steps. Between them is nothing."""
+    rows = [{"step": i, "reward": 0.5} for i in range(1, 31)]
+    rows[9]["held_greedy"], rows[19]["held_greedy"] = 0.25, 0.75
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "settings.json").write_text("{}")
+    figures = report.read_metrics(tmp_path)
+    known = {i: y for i, y in zip(figures["step"], figures["held_greedy"]) if y == y}
+    assert known == {10: 0.25, 20: 0.75}
+    assert "0.250 ->    0.750" in report.first_and_last({"a": figures})
+    drawn = []
+    axis = mock.MagicMock()
+    axis.plot = lambda x, y, **style: drawn.append((list(x), list(y)))
+    report.plot(axis, "held_greedy", {"a": figures})
+    assert drawn == [([10, 20], [0.25, 0.75])]
 
 
 def test_the_curves_as_a_picture(runs):
