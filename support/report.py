@@ -60,8 +60,9 @@ def read_metrics(run):
     """Read the metrics.jsonl of a run. Returns {name: [a value for each step]}, with "step".
 
     Where a step lacks a figure that others have, the value of the step before stands in for it.
-    Before the first value, that first value does. (In the figures of SPARSE, NaN does.) A last line that was cut off is left out.
-    Raises UserError for any other line that is not a JSON object of numbers.
+    Before the first value, that first value does. (In the figures of SPARSE, NaN does.) A last line
+    that was cut off is left out. Raises UserError for any other line that is not a JSON object of
+    numbers.
     """
     path = Path(run) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
