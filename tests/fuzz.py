@@ -6,6 +6,7 @@ UserError. Anything else is a failure, and so is taking more than SECONDS or mor
 inputs that failed are kept in --keep. The result is printed as JSON.
 """
 import argparse
+import copy
 import json
 import random
 import resource
@@ -147,7 +148,7 @@ def broken(data, name, rng):
                     if rng.random() < 0.2:
                         del here[key]
                     else:
-                        here[key] = rng.choice(ABSURD)
+                        here[key] = copy.deepcopy(rng.choice(ABSURD))
                     break
                 here = here[key]
         return json.dumps(value).encode()
