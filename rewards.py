@@ -286,15 +286,19 @@ class WrittenQuality:
 # --------------------------------------------------------------------------------------------------
 # Which referee
 
-def truth_of(referee, embedded):
-    """The referee for held-out scores: without a Majority, which calls right what it would call so.
+def truth_of(referee, embedded, rows=None):
+    """The referee for held-out scores: without a Majority, which would call itself right.
 
-    embedded: do the questions have the exact reward's truth? None where nothing is left.
+    embedded: are the questions the embedded language's? rows: of the questions, with answers that
+    may serve as the truth. None where nothing is left.
     """
     parts = getattr(referee, "parts", {"": (referee, 1.0)})
     left = {name: part for name, part in parts.items() if not isinstance(part[0], Majority)}
+    if not left and embedded:
+        return ExactReward()
     if not left:
-        return ExactReward() if embedded else None
+        known = rows and all(row.answer and not worked.unclear(row.answer) for row in rows)
+        return MathReward(rows) if known else None
     (alone, _), *others = left.values()
     return referees.Sum(left) if others else alone
 

@@ -341,13 +341,13 @@ SETTINGS = [
     ("--data", str, None, None,
      "for grpo: a file (JSONL, JSON, CSV, Parquet) or hub dataset in one of the shapes of "
      "support/data.py; without it: the embedded language's instructions"),
+    runs.SPLIT,
+    runs.EVAL_DATA,
+    runs.SKIP_BAD_ROWS,
     ("--task", str, None, None,
      "with a real model: what the Challenger writes an input for; without it: its own judgement"),
     ("--template", str, None, None,
      "with a real model: a form with placeholders that the Challenger fills in"),
-    runs.SPLIT,
-    runs.EVAL_DATA,
-    runs.SKIP_BAD_ROWS,
     ("--pay", str, "minimax", "minimax",
      f"what the Challenger is paid for a query: {', '.join(PAY)}, or file.py:function of (query "
      "texts, R, R_Q)"),
@@ -438,7 +438,8 @@ def refuse(args, real):
              "its step, so alone its advantage is always 0; if you want that, --alpha-ch 0"),
             (args.kl_form != "k3" and args.kl == args.kl_challenger == 0,
              "--kl-form is the form of the KL term, which --kl 0 and --kl-challenger 0 leave out"),
-            (args.skip_bad_rows and not args.data, "--skip-bad-rows is about --data: name one"),
+            (args.skip_bad_rows and not (args.data or args.eval_data),
+             "--skip-bad-rows is about --data: name one"),
             (args.data and not grpo,
              "--data is for --game grpo: in the other games the Challenger writes the queries"),
             ("math" in dict(console.specs(args.reward)) and not args.data,
@@ -455,8 +456,9 @@ def set_up(args, device, crew=machine.Crew()):
     dtype, alone = machine.DTYPES[args.dtype], crew.size == 1
     template = args.date, console.assignments(args.template_args)
     # Data, referee and pay first: what is wrong with them shows before a large model is loaded.
-    rows, held, longest = None, None, args.query_tokens + 64  # tokens of the longest prompt
-    if args.data:
+    rows = held = None
+    longest = args.query_tokens + 64  # tokens of the longest prompt
+    if args.data or args.eval_data:
         tokenizer = Tokenizer(files.find(args.model), *template)
         rows, held, longest = data.questions(args, tokenizer, read_config(args.model)[0].context)
     machine.check_memory(plan(args, crew, longest), device, args.dry_run, crew.size)
@@ -467,7 +469,7 @@ def set_up(args, device, crew=machine.Crew()):
     where = (device, dtype) if alone else ("cpu", torch.float32)
     model, tokenizer = load(args.model, *where, *template)
     model.recompute = args.low_memory
-    start = learning.fingerprint(model, rows and rows + (held or []))
+    start = learning.fingerprint(model, [*(rows or []), *(held or [])] or None)
     if alone:
         reference = copy.deepcopy(model).requires_grad_(False)
     else:
@@ -500,7 +502,7 @@ def set_up(args, device, crew=machine.Crew()):
     generator, rng = torch.Generator(device).manual_seed(own), random.Random(args.seed)
 
     embedded = language.spoken_by(args.model)
-    if embedded and not args.data:
+    if embedded and held is None:
         held = [data.Row([{"role": "user", "content": query}], language.solve(query))
                 for query in language.evaluation_set(args.eval_items)]
 
@@ -509,7 +511,8 @@ def set_up(args, device, crew=machine.Crew()):
             return rng.choice(rows)
         return data.Row([{"role": "user", "content": language.draw(rng)}])
     return Game(model, reference, tokenizer, optimizer, generator, rng, prompt, ask, referee, pay,
-                judge, start, held and held[:args.eval_items], truth_of(referee, embedded), crew)
+                judge, start, held and held[:args.eval_items],
+                truth_of(referee, embedded and not args.data, held), crew)
 
 
 def load_judgement(args, device, dtype, template, rows):

@@ -319,6 +319,8 @@ def parse_args(argv=None):
         raise console.UserError(f"{args.model} does not speak the embedded language: name --data "
                                 "to learn from")
     console.refuse_idle(argv, args.game, IDLE)
+    if args.eval_data and not args.data:
+        raise console.UserError("--eval-data goes with --data: the embedded default has scores")
     if args.skip_bad_rows and not args.data:
         raise console.UserError("--skip-bad-rows is about --data: name one")
     for name in ("lam", "lr"):

@@ -188,7 +188,7 @@ def _how_to_parse(kind):
 
 def _defaults(tiny, real):
     """The end of a flag's help: its default, or its two defaults."""
-    if tiny is real and (tiny is None or tiny is False):
+    if tiny == real and (tiny is None or tiny is False or tiny == []):
         return ""
     if tiny == real:
         return f" (default: {_shown(tiny)})"

@@ -149,14 +149,20 @@ def measured(rows, reads, longest, where, skip_bad=None):
 
 
 def questions(args, tokenizer, context):
-    """(the Rows of --data, those held out for scores, tokens of the longest prompt). UserError."""
+    """(the Rows of --data, those for scores, tokens of the longest prompt). Raises UserError.
+
+    Without --data there are no Rows, and without rows for scores these are None: then others may
+    serve. They are [] where --data has too few, or where --eval-data says none.
+    """
     reads = [(lambda row: tokenizer.chat(row.messages), context)]
-    rows, held = fitting(args, read_data(args.data, args.skip_bad_rows, args.split), reads), []
-    if args.eval_data is None:
-        rows, held = held_out(rows)
-    elif args.eval_data != "none":
+    rows, held = None, [] if args.eval_data == "none" else None
+    if args.data:
+        rows = fitting(args, read_data(args.data, args.skip_bad_rows, args.split), reads)
+        rows, held = held_out(rows) if args.eval_data is None else (rows, held)
+    if args.eval_data not in (None, "none"):
         held = fitting(args, read_data(args.eval_data, args.skip_bad_rows, args.split), reads)
-    return rows, held, max(len(tokenizer.chat(row.messages)) for row in rows + held)
+    asked = [tokenizer.chat(row.messages) for row in (rows or []) + (held or [])]
+    return rows, held, max([args.query_tokens + 64, *map(len, asked)])
 
 
 def held_out(rows):

@@ -333,7 +333,8 @@ def resumed(argv, defaults):
         raise UserError(f"--resume {name}: there is no checkpoint: the run is at its end, or was "
                         "stopped before its first one")
     settings.pop("torch", None)
-    settings.setdefault("eval_data", "none")  # older versions held nothing out
+    # Older versions held nothing out of the data.
+    settings.setdefault("eval_data", "none" if settings.get("data") else None)
     return argparse.Namespace(**vars(defaults) | settings | {"resume": name})
 
 

@@ -684,7 +684,7 @@ def test_help_names_every_default_of_both_columns(module, tmp_path, monkeypatch)
     assert done.returncode == 0
     text, named = " ".join(done.stdout.split()) + " -", 0
     for flag, _, tiny, real, words in rows(module).values():
-        if tiny is real and (tiny is None or tiny is False):
+        if tiny == real and (tiny is None or tiny is False or tiny == []):
             default = ""
         elif tiny == real:
             default = f" (default: {shown(tiny)})"

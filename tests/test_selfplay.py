@@ -562,6 +562,10 @@ def test_every_run_ends_with_a_scoreboard(tmp_path):
              "rows.jsonl", "--reward", "math"]
     assert "all (n=3)" in run(tmp_path, *words, "--eval-data", "eval.jsonl").stdout
     assert "no scoreboard: no --eval-data" in run(tmp_path, *words, "--eval-data", "none").stdout
+    # In LSP, too. A majority is then scored by the rows' known answers.
+    lsp = words[:words.index("--game")]
+    done = run(tmp_path, *lsp, "--eval-data", "eval.jsonl", "--reward", "majority")
+    assert "all (n=3)" in done.stdout and "win rate" in done.stdout
 
 
 def test_the_majority_is_scored_by_the_truth(tmp_path):
