@@ -352,6 +352,8 @@ def set_up(args):
     variables = console.assignments(args.template_args)
     player, tokenizer = load(args.model, args.device, dtype, args.date, variables)
     player.recompute = args.low_memory
+    for switch in tokenizer.unset:
+        console.note(f"the chat template reads {switch}, and --template-args does not set it")
     reads = [(lambda row: tokenizer.chat(row.messages), config.context),
              (lambda row: tokenizer.reply(row.messages, row.answer, player.end_ids), None)]
     def read(rows, name):  # [(row, (prompt, answer))]
