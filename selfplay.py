@@ -463,7 +463,7 @@ def set_up(args, device, crew=machine.Crew()):
         rows, held, longest = data.questions(args, tokenizer, read_config(args.model)[0].context)
     machine.check_memory(plan(args, crew, longest), device, args.dry_run, crew.size)
     runs.check_disk(args, read_config(args.model)[1], optimizer_floats=2, models=1)
-    referee, readers, pay = load_judgement(args, device, dtype, template, rows)
+    referee, readers, pay = load_judgement(args, device, dtype, template, rows, held or [])
     # Several processes share the weights out, and each begins with all of them on the CPU. There
     # the reference is loaded anew, so that each process holds one whole copy at a time.
     where = (device, dtype) if alone else ("cpu", torch.float32)
@@ -515,9 +515,13 @@ def set_up(args, device, crew=machine.Crew()):
                 truth_of(referee, embedded and not args.data, held), crew)
 
 
-def load_judgement(args, device, dtype, template, rows):
-    """(referee, those of its parts that are reward models, pay). Raises UserError."""
-    referee = load_referee(args.reward, device, rows, dtype, template, args.micro_batch)
+def load_judgement(args, device, dtype, template, rows, held):
+    """(referee, those of its parts that are reward models, pay). Raises UserError.
+
+    rows: to learn from, or None. held: for scores. Their known answers must be clear, too.
+    """
+    known = [*(rows or []), *held]
+    referee = load_referee(args.reward, device, known, dtype, template, args.micro_batch)
     parts = referees.parts_of(referee)
     for part in parts:  # is all at hand that they ask for?
         console.asked_for(part, data.columns(rows or [data.Row([])]))

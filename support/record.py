@@ -223,7 +223,7 @@ def pair_text(prompt, pair, lp, ref, margin, decode):
     lp, ref [2]: log-probabilities of answer and rival under player and opponent.
     decode: ids -> text.
     """
-    lines = [f"    {prompt[:100]}"]
+    lines = [f"    {' '.join(prompt.split())[:100]}"]
     for who, ids, x, r in (("people  ", pair.answer, lp[0], ref[0]),
                            ("opponent", pair.rival, lp[1], ref[1])):
         text = decode(ids).replace("\n", " ")[:32] or "(nothing)"

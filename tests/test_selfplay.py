@@ -562,6 +562,9 @@ def test_every_run_ends_with_a_scoreboard(tmp_path):
              "rows.jsonl", "--reward", "math"]
     assert "all (n=3)" in run(tmp_path, *words, "--eval-data", "eval.jsonl").stdout
     assert "no scoreboard: no --eval-data" in run(tmp_path, *words, "--eval-data", "none").stdout
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "Add 1 and 1.", "answer": "hi"}\n' * 3)
+    done = run(tmp_path, *words, "--eval-data", "bad.jsonl", expect=2)
+    assert "the known answer in line 1 is neither a number nor marked" in done.stderr
     # In LSP, too. A majority is then scored by the rows' known answers.
     lsp = words[:words.index("--game")]
     done = run(tmp_path, *lsp, "--eval-data", "eval.jsonl", "--reward", "majority")
