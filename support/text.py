@@ -16,6 +16,7 @@ from support.console import UserError, one_line, time_limit
 from support.files import read_json
 
 TEMPLATE_SECONDS = 10  # for one conversation
+LONGEST_TOKEN = 1000  # characters: the library takes minutes for a special token of 100,000
 MAX_TEXT = 2**28  # characters of a rendered conversation: far above any real one
 NO_THOUGHT = "\n</think>\n\n"  # closes a thought that a prompt has opened
 
@@ -318,8 +319,8 @@ def _name_tokens(folder, settings, text):
 
 def _added_token(token, **flags):
     """The tokenizers library's token of a text or a dict. Raises TypeError for anything else."""
-    if not isinstance(token, (str, dict)):
-        raise TypeError(f"{token!r} is no token")
+    if not isinstance(token, (str, dict)) or len(_token_text(token)) > LONGEST_TOKEN:
+        raise TypeError(f"{str(token)[:40]!r} is no token")
     if isinstance(token, dict):
         keys = ("lstrip", "rstrip", "normalized", "single_word", "special")
         flags = {key: token[key] for key in keys if key in token} | flags

@@ -431,6 +431,12 @@ def test_a_conversation_is_cut_to_the_room_there_is(tmp_path, tiny):
     assert len(tokenizer.chat(long, room=least + 4)) == least + 4
 
 
+def test_a_special_token_without_end_is_refused(tmp_path):
+    """The tokenizers library would take minutes to add it. Found by tests/fuzz.py."""
+    with pytest.raises(UserError, match="the special tokens in its settings are not readable"):
+        Tokenizer(copy_tokenizer(tmp_path, bos_token=100000 * "["))
+
+
 def test_a_template_has_switches(tmp_path):
     """A variable that the user sets reaches every rendering. One that nobody sets is known."""
     template = ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
