@@ -33,11 +33,11 @@ Z = 1.959964  # the normal distribution holds 95 % within so many deviations
 
 def answer(model, tokenizer, queries, samples=1, temperature=1.0, seed=0, max_new_tokens=32):
     """`samples` answers to each query: N lists of text. queries: texts, or Rows of the data."""
-    found = sampled(model, tokenizer, queries, samples, temperature, seed, max_new_tokens)
+    found = answer_ids(model, tokenizer, queries, samples, temperature, seed, max_new_tokens)
     return [[tokenizer.decode(ids) for ids in group] for group in found]
 
 
-def sampled(model, tokenizer, queries, samples, temperature, seed, max_new_tokens):
+def answer_ids(model, tokenizer, queries, samples, temperature, seed, max_new_tokens):
     """`answer` as ids: N lists of lists. One without an end token was cut."""
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
     room = model.config.context - max_new_tokens  # what is too long is cut from behind
@@ -96,19 +96,26 @@ def gains(ours, theirs):
     change = {"greedy": ours["greedy"].mean(1) - theirs["greedy"].mean(1),
               "sampled": ours["sampled"].mean(1) - theirs["sampled"].mean(1),
               f"pass@{SAMPLES}": ours["sampled"].amax(1) - theirs["sampled"].amax(1)}
-    # Rewards may be larger than 1; then so may be their differences.
-    most = max(1.0, *(x.abs().max().item() for x in change.values()))
+    every = torch.cat([R.flatten() for rates in (ours, theirs) for R in rates.values()])
+    most = 1.0 if right_or_wrong(every) else (every.max() - every.min()).item()
     return {name: normal(values, -most, most) for name, values in change.items()}
 
 
 def summary(rates, queries):
     """{kind or "all": {"n", "greedy", "sampled", "pass@8"}}, each figure [mean, low, high].
 
-    Of rewards between 0 and 1 the intervals are Wilson's over the instructions. For the sampled
+    Where all rewards are 0 or 1, the intervals are Wilson's over the instructions. For the sampled
     share, a mean of SAMPLES answers to each, that is wider than need be, never narrower. Of other
     rewards they are normal ones. pass@8 is the best of the SAMPLES. Only the embedded language has
     kinds.
     """
+    every = torch.cat([R.flatten() for R in rates.values()])
+    low, high = every.min().item(), every.max().item()
+
+    def interval(values):
+        if right_or_wrong(every):
+            return [values.mean().item(), *wilson(values.mean().item(), len(values))]
+        return normal(values, low, high)
     kinds, found = [language.kind(row.query) for row in as_rows(queries)], {}
     for name in [*language.KINDS, "all"]:
         pick = torch.tensor([name in ("all", kind) for kind in kinds])
@@ -121,11 +128,9 @@ def summary(rates, queries):
     return found
 
 
-def interval(values):
-    """[mean, low, high] of values [n], with a 95 % interval: Wilson's where all are 0 to 1."""
-    mean, low, high = values.mean().item(), values.min().item(), values.max().item()
-    return [mean, *wilson(mean, len(values))] if 0 <= low and high <= 1 else normal(
-        values, low, high)
+def right_or_wrong(rewards):
+    """Are all rewards 0 or 1, so that their mean is a share of right answers?"""
+    return bool(((rewards == 0) | (rewards == 1)).all())
 
 
 def win_rate(ours, theirs):
@@ -149,28 +154,33 @@ def percent(share):
     return "{:5.1f} [{:4.1f}, {:4.1f}]".format(*(100 * x for x in share))
 
 
-def gain_line(gain, against="the start"):
-    """The gains as one sentence, in points."""
-    parts = ["{} {:+.1f} [{:+.1f}, {:+.1f}]".format(name, *(100 * x for x in gain[name]))
+def gain_line(gain, against="the start", right=True):
+    """The gains as one sentence: in points of a hundred right answers, or as they are."""
+    scale, unit = (100, ", in points") if right else (1, "")
+    form = "{} {:+.1f} [{:+.1f}, {:+.1f}]" if right else "{} {:+.3g} [{:+.3g}, {:+.3g}]"
+    parts = [form.format(name, *(scale * x for x in gain[name]))
              for name in ("sampled", "greedy", f"pass@{SAMPLES}")]
-    return f"gain over {against}, in points, paired by instruction: {', '.join(parts)}"
+    return f"gain over {against}{unit}, paired by instruction: {', '.join(parts)}"
 
 
-def table(summaries):
-    """A text table of {name: summary}: a line for each kind and model, in percent."""
-    tops = [row["pass@8"][0] for kinds in summaries.values() for row in kinds.values()]
-    what = "right answers, %" if 0 <= min(tops) and max(tops) <= 1 else "mean reward x 100"
+def table(summaries, right=True):
+    """A text table of {name: summary}: a line for each kind and model.
+
+    right: the rewards are 0 and 1, so their mean is a share, in percent. Else it stands as it is.
+    """
     columns, kinds = ("sampled", "greedy", "pass@8"), next(iter(summaries.values()))
     width = max(map(len, summaries))
     heads = "".join(f"{column:>21}" for column in columns)
-    lines = [f"{what:<22}{'':<{width}}{heads}"]
+    lines = [f"{'right answers, %' if right else 'mean reward':<22}{'':<{width}}{heads}"]
+    cell = percent if right else "{0[0]:.3g} [{0[1]:.3g}, {0[2]:.3g}]".format
     for kind in kinds:
         for i, (name, rows) in enumerate(summaries.items()):
             label = "" if i else f"{kind} (n={rows[kind]['n']})"
-            cells = "".join(f"{percent(rows[kind][column]):>21}" for column in columns)
+            cells = "".join(f" {cell(rows[kind][column]):>20}" for column in columns)
             lines.append(f"{label:<22}{name:<{width}}{cells}")
+    best = f"one of the {SAMPLES} is right" if right else f"the best of the {SAMPLES}"
     return "\n".join([*lines, f"sampled: {SAMPLES} answers at temperature 1; greedy: the likeliest "
-                      f"one; pass@{SAMPLES}: one of the {SAMPLES} is right; with 95 % intervals"])
+                      f"one; pass@{SAMPLES}: {best}; with 95 % intervals"])
 
 
 def win_line(win, against="the start"):
@@ -183,17 +193,19 @@ def scoreboard(rates, queries, path):
     """Print the table, the gains and the win rates of {name: rates}, and write a JSON file.
 
     The first name is the start: the others' gains and win rates are against it. In the file:
-    {"scores": {name: summary}, "gain": {name: gains}, "win_rate": {name: [share, low, high]}}.
+    {"scores": {name: summary}, "gain": {name: gains}, "win_rate": {name: [share, low, high]},
+    "right": are all rewards 0 or 1?}.
     """
     start, *others = rates
+    right = all(right_or_wrong(R) for own in rates.values() for R in own.values())
     scores = {name: summary(own, queries) for name, own in rates.items()}
     wins = {name: win_rate(rates[name]["sampled"], rates[start]["sampled"]) for name in others}
     gain = {name: gains(rates[name], rates[start]) for name in others}
-    found = {"scores": scores, "gain": gain, "win_rate": wins}
+    found = {"scores": scores, "gain": gain, "win_rate": wins, "right": right}
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print("\n" + table(scores))
+    print("\n" + table(scores, right))
     for name in others:
-        print((f"{name}: " if len(wins) > 1 else "") + gain_line(gain[name]))
+        print((f"{name}: " if len(wins) > 1 else "") + gain_line(gain[name], right=right))
         print((f"{name}: " if len(wins) > 1 else "") + win_line(wins[name]))
 
 
@@ -229,7 +241,7 @@ class PairJudge:
 
     def __init__(self, model, tokenizer):
         """Raises UserError where the two letters are not single tokens."""
-        self.model, self.tokenizer, self.cut = model, tokenizer, set()
+        self.model, self.tokenizer, self.cut = model, tokenizer, 0
         question = [{"role": "user", "content": "A or B?"}]
         # lead: what a template or a tokenizer puts between a prompt and the letter; mostly nothing.
         self.lead, letters = tokenizer.choices(question, "AB")
@@ -237,23 +249,31 @@ class PairJudge:
 
     @torch.no_grad()
     def __call__(self, queries, ours, theirs):
-        """[n]: 1 where our answer is better, 0 where theirs is, 1/2 where the orders disagree."""
+        """[n]: 1 where our answer is better, 0 where theirs is, 1/2 where the orders disagree.
+
+        Afterwards `cut` says of how many pairs the answers were too long for the judge.
+        """
+        pairs = [self.fitting(*pair) for pair in zip(queries, ours, theirs)]
+        self.cut = sum(x != a or y != b for (x, y), a, b in zip(pairs, ours, theirs))
         rows = [[self.ids(query, x, y), self.ids(query, y, x)]
-                for query, x, y in zip(queries, ours, theirs)]
+                for query, (x, y) in zip(queries, pairs)]
         logits = F.linear(last_states(self.model, rows), self.model.head[self.letters])
         says_a = logits.argmax(-1).view(-1, 2) == 0  # [n, 2]
         return (says_a[:, 0].float() + (~says_a[:, 1]).float()).cpu() / 2
 
     def ids(self, query, a, b):
-        """What the judge is asked. What is too long is cut in both answers alike, and counted."""
+        """What the judge is asked."""
         question = self.QUESTION.format(query=query, a=a, b=b)
-        ids = self.tokenizer.chat([{"role": "user", "content": question}])
-        over = len(ids) + len(self.lead) - self.model.config.context
-        if over > 0 and a + b:  # both answers are cut alike: the request stands behind them
-            self.cut.add((query, a, b))
+        return self.tokenizer.chat([{"role": "user", "content": question}]) + self.lead
+
+    def fitting(self, query, a, b):
+        """Both answers, cut to the same length where the judge's context is too short for them."""
+        context = self.model.config.context  # in either order: the ids at a seam may differ
+        while a + b and (over := max(len(self.ids(query, a, b)), len(self.ids(query, b, a)))
+                         - context) > 0:
             left = max(0, (len(a) + len(b) - over) // 2)
-            return self.ids(query, a[:left], b[:left])
-        return ids + self.lead
+            a, b = a[:left], b[:left]
+        return a, b
 
 
 def duel(ours, theirs, queries, referee=None, judge=None):
@@ -264,9 +284,9 @@ def duel(ours, theirs, queries, referee=None, judge=None):
     if judge:
         return judge(queries, ours, theirs)
     # Some at a time: a user's function has a time limit for each call.
-    parts = groups(list(zip(queries, map(list, zip(ours, theirs)))), 64)
-    rewards = [referees.judged(referee, *map(list, zip(*part))) for part in parts]
-    rewards = torch.cat(rewards)  # [n, 2]
+    rows, pairs = groups(as_rows(queries), 64), groups(list(map(list, zip(ours, theirs))), 64)
+    rewards = torch.cat([referees.judged(referee, [row.query for row in part], both,
+                                         data.columns(part)) for part, both in zip(rows, pairs)])
     ties = (rewards[:, 0] == rewards[:, 1]).float()
     return (rewards[:, 0] > rewards[:, 1]).float() + 0.5 * ties
 
@@ -332,7 +352,7 @@ def write_items(path, name, model, tokenizer, queries, rates, seed):
 
 def duel_command(args):
     """`evaluate.py duel MODEL --against BASE --instructions FILE`: who answers better?"""
-    if args.reward in ("exact", "math"):
+    if {"exact", "math", "majority"} & dict(console.specs(args.reward)).keys():
         raise console.UserError(f"--reward {args.reward} knows no answers to open instructions: "
                                 "name a reward model or file.py:function")
     if not Path(args.outputs).resolve().parent.is_dir():
@@ -342,30 +362,32 @@ def duel_command(args):
         raise console.UserError(f"{args.outputs} exists already: choose another --outputs, nothing "
                                 "was touched")
     queries, rows = zip(*data.read_instructions(args.instructions))
-    asked = [data.Row([{"role": "user", "content": query}], None, i + 1)
-             for i, query in enumerate(queries)]
+    asked = [row._replace(line=i, source=f"--instructions {args.instructions}, entry")
+             for i, row in enumerate(as_rows(queries), 1)]
     dtype, referee, judge = machine.DTYPES[args.dtype], None, None
     template = None, console.assignments(args.template_args)
     # The judge first: whatever is wrong with it shows before hours of answering.
     if args.reward:
-        referee = load_referee(args.reward, args.device, None, dtype, template)
-        console.asked_for(referee, {})  # it gets queries and answers alone
+        referee = load_referee(args.reward, args.device, dtype, template)
+        for part in referees.parts_of(referee):  # is all at hand that they ask for?
+            console.asked_for(part, data.columns(asked))
     else:
         judge = PairJudge(*load(runs.model_folder(args.judge), args.device, dtype, *template))
     for name in (args.model, args.against):  # what does not fit shows before hours of answering
         folder = files.find(runs.model_folder(name))
         tokenizer = Tokenizer(folder, *template)
         reads = [(lambda row: tokenizer.chat(row.messages), read_config(folder)[0].context)]
-        if hasattr(referee, "ids"):
-            reads.append((lambda row: referee.ids(row.messages, ""), referee.model.config.context))
+        for part in referees.parts_of(referee):
+            if hasattr(part, "ids"):  # a reward model
+                reads.append((lambda row, part=part: part.ids(row.messages, ""),
+                              part.model.config.context))
         if judge:
             reads.append((lambda row: judge.ids(row.query, "", ""), judge.model.config.context))
-        data.measured(asked, reads, args.answer_tokens,
-                      f"--instructions {args.instructions}, entry")
+        data.measured(asked, reads, args.answer_tokens)
     outputs, spoken, cut = [], [], {}
     for name in (args.model, args.against):
         model, tokenizer = load(runs.model_folder(name), args.device, dtype, *template)
-        answers = sampled(model, tokenizer, queries, 1, 0, 0, args.answer_tokens)
+        answers = answer_ids(model, tokenizer, queries, 1, 0, 0, args.answer_tokens)
         cut[name] = sum(ids[-1] not in model.end_ids for ids, in answers) / len(answers)
         outputs.append([tokenizer.decode(ids) for ids, in answers])
         spoken.append([tokenizer.spoken(text) for text in outputs[-1]])  # without its thoughts
@@ -381,7 +403,7 @@ def duel_command(args):
     print(f"answers cut at --answer-tokens {args.answer_tokens}: "
           + ", ".join(f"{100 * share:.1f} % of {name}" for name, share in cut.items()))
     if judge and judge.cut:
-        print(f"too long for the judge, which saw cut answers: {len(judge.cut)}")
+        print(f"pairs of answers that were too long for the judge, and cut: {judge.cut}")
     print(f"answers: {args.outputs}")
 
 

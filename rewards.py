@@ -79,18 +79,20 @@ class MathReward:
     nothing clear.
     """
 
-    def __init__(self, rows):
-        """rows: of the data. Raises UserError where a known answer is not clear."""
+    def __init__(self):
+        """Says who judges."""
         self.figures = {}
-        for row in rows:
-            if why := worked.unclear(row.answer):
-                raise console.UserError(f"--reward math: the known answer in line {row.line} "
-                                        f"{why}: {row.answer[:60]!r}")
         console.note(f"--reward math: {worked.judges()}")
 
     def __call__(self, queries, answers, answer):
-        """R [N, G] of N texts and N lists of G texts. answer: the N known ones."""
+        """R [N, G] of N texts and N lists of G texts. answer: the N known ones.
+
+        Raises UserError for a known answer that is not clear. (data.measured finds them before.)
+        """
         known = [worked.final_answer(text) for text in answer]
+        if None in known:
+            raise console.UserError("--reward math: a known answer is not clear: "
+                                    f"{answer[known.index(None)][:60]!r}")
         found = [[worked.final_answer(text) for text in group] for group in answers]
         every = [given for group in found for given in group]
         self.figures = {"unreadable": every.count(None) / max(1, len(every))}
@@ -298,15 +300,15 @@ def truth_of(referee, embedded, rows=None):
         return ExactReward()
     if not left:
         known = rows and all(row.answer and not worked.unclear(row.answer) for row in rows)
-        return MathReward(rows) if known else None
+        return MathReward() if known else None
     (alone, _), *others = left.values()
     return referees.Sum(left) if others else alone
 
 
-def load_referee(rewards, device="cpu", rows=None, dtype=torch.float32, template=(), tokens=4096):
+def load_referee(rewards, device="cpu", dtype=torch.float32, template=(), tokens=4096):
     """The referee that --reward names. Raises UserError.
 
-    rewards: "exact", "math" (against rows' known answers), "majority", "file.py:function", or a
+    rewards: "exact", "math" (against known answers), "majority", "file.py:function", or a
     reward model's folder or hub name; or several, see console.specs. A file's code is run: name
     only files that you trust. template, tokens: a RewardModel's template and micro_batch.
     """
@@ -314,7 +316,7 @@ def load_referee(rewards, device="cpu", rows=None, dtype=torch.float32, template
         if spec == "exact":
             return ExactReward()
         if spec == "math":
-            return MathReward(rows)
+            return MathReward()
         if spec == "majority":
             return Majority()
         if files.reward_models(spec):

@@ -343,6 +343,7 @@ SETTINGS = [
      "support/data.py; without it: the embedded language's instructions"),
     runs.SPLIT,
     runs.EVAL_DATA,
+    runs.EVAL_SPLIT,
     runs.SKIP_BAD_ROWS,
     ("--task", str, None, None,
      "with a real model: what the Challenger writes an input for; without it: its own judgement"),
@@ -415,9 +416,10 @@ def refuse(args, real):
     if args.run is not None:
         runs.check_name(args.run)
     console.assignments(args.template_args)
+    data.refuse_splits(args)
     for refused, why in (
             (real and grpo and not args.data, f"{foreign}: name --data for it to answer"),
-            (real and (args.reward is None or "exact" in dict(console.specs(args.reward))),
+            (real and (not args.reward or "exact" in dict(console.specs(args.reward))),
              f"{foreign}, so --reward exact cannot judge it: name a reward model, "
              "file.py:function, majority, or math"),
             (args.quality == 0 and args.game == "lsp",
@@ -456,14 +458,16 @@ def set_up(args, device, crew=machine.Crew()):
     dtype, alone = machine.DTYPES[args.dtype], crew.size == 1
     template = args.date, console.assignments(args.template_args)
     # Data, referee and pay first: what is wrong with them shows before a large model is loaded.
-    rows = held = None
+    rows, held = data.read_both(args)
     longest = args.query_tokens + 64  # tokens of the longest prompt
-    if args.data or args.eval_data:
+    if rows or held:
         tokenizer = Tokenizer(files.find(args.model), *template)
-        rows, held, longest = data.questions(args, tokenizer, read_config(args.model)[0].context)
+        reads = [(lambda row: tokenizer.chat(row.messages), read_config(args.model)[0].context)]
+        (rows, first), (held, second) = (data.fitting(args, x, reads) for x in (rows, held))
+        longest = max(longest, first, second)
     machine.check_memory(plan(args, crew, longest), device, args.dry_run, crew.size)
     runs.check_disk(args, read_config(args.model)[1], optimizer_floats=2, models=1)
-    referee, readers, pay = load_judgement(args, device, dtype, template, rows, held or [])
+    referee, readers, pay = load_judgement(args, device, dtype, template, rows, held)
     # Several processes share the weights out, and each begins with all of them on the CPU. There
     # the reference is loaded anew, so that each process holds one whole copy at a time.
     where = (device, dtype) if alone else ("cpu", torch.float32)
@@ -486,15 +490,14 @@ def set_up(args, device, crew=machine.Crew()):
         judge = WrittenQuality(reference, tokenizer)
     if args.game != "grpo":
         prompt = challenger_prompt(tokenizer, args.task, args.template)
-    reads = [(lambda row: tokenizer.chat(row.messages), model.config.context)]
-    reads += [(lambda row, part=part: part.ids(row.messages, ""), part.model.config.context)
-              for part in readers]
-    if rows:
-        rows = data.fitting(args, rows, reads)
-    else:
-        data.check_longest(args, prompt, reads, judge)
-    for switch in tokenizer.unset:
-        console.note(f"the chat template reads {switch}, and --template-args does not set it")
+    reads = [(lambda row, part=part: part.ids(row.messages, ""), part.model.config.context)
+             for part in readers]
+    rows, held = (data.fitting(args, x, reads)[0] if reads else x for x in (rows, held))
+    if not rows:
+        own = [(lambda row: tokenizer.chat(row.messages), model.config.context)]
+        data.check_longest(args, prompt, own + reads, judge)
+    for remark in tokenizer.remarks:
+        console.note(remark)
     optimizer = learning.optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0,
                                        fused=True)
     # No two processes may play the same games, and all must draw the same instructions.
@@ -518,13 +521,13 @@ def set_up(args, device, crew=machine.Crew()):
 def load_judgement(args, device, dtype, template, rows, held):
     """(referee, those of its parts that are reward models, pay). Raises UserError.
 
-    rows: to learn from, or None. held: for scores. Their known answers must be clear, too.
+    rows: to learn from, or None. held: for scores, or None.
     """
-    known = [*(rows or []), *held]
-    referee = load_referee(args.reward, device, known, dtype, template, args.micro_batch)
+    referee = load_referee(args.reward, device, dtype, template, args.micro_batch)
     parts = referees.parts_of(referee)
     for part in parts:  # is all at hand that they ask for?
-        console.asked_for(part, data.columns(rows or [data.Row([])]))
+        for asked in (rows or [data.Row([])], held or rows or [data.Row([])]):
+            console.asked_for(part, data.columns(asked))
     pay = PAY.get(args.pay) or console.users_function(
         args.pay, "--pay", "pay", f"{', '.join(PAY)} or file.py:function", given=3)
     return referee, [part for part in parts if hasattr(part, "ids")], pay
@@ -630,7 +633,7 @@ def compare(game, run, args):
     """
     held = game.held
     if game.truth is None or held == []:
-        lacks = "no --eval-data, and too few rows to hold some out" if game.truth else (
+        lacks = "no questions are held out, and --eval-data names none" if game.truth else (
             "--reward majority alone does not know what is right")
         print(f"no scoreboard: {lacks}")
         return

@@ -120,7 +120,8 @@ def spin_gradients(player, pairs, ref, lam, args):
     {"loss", "margin", "accuracy", "logprob_answer", "logprob_rival"}. accuracy: the share of pairs
     whose margin is above 0, where the player tells people's answer from the opponent's. Where
     answer and rival are the same, the margin is 0 whatever the player does. Such a pair counts in
-    the loss, as a constant, and is not computed. The other figures are means over the rest.
+    the loss, as a constant, and is not computed. The other figures are means over the rest, and
+    there are none where no pair is left.
     """
     different = [i for i, pair in enumerate(pairs) if pair.answer != pair.rival]
     constant = (len(pairs) - len(different)) * LOSS[args.loss](torch.zeros(())).item()
@@ -132,7 +133,9 @@ def spin_gradients(player, pairs, ref, lam, args):
         margin = spin_margin(lp.detach(), ref[here], lam)  # [n]
         figures = [loss.detach(), margin.sum(), (margin > 0).sum(), *lp.detach().sum(0)]
         total += torch.stack(figures).cpu()
-    mean = total / torch.tensor([len(pairs)] + 4 * [max(1, len(different))])
+    if not different:
+        return {"loss": total[0].item() / len(pairs)}
+    mean = total / torch.tensor([len(pairs)] + 4 * [len(different)])
     names = ("loss", "margin", "accuracy", "logprob_answer", "logprob_rival")
     return dict(zip(names, mean.tolist()))
 
@@ -205,7 +208,7 @@ def language_data(count):
     """
     conversations = language.fine_tuning_set(2 * count)  # some 70 % of them are the Solver's
     solver = [messages for part, messages, _ in conversations if part == "solver"]
-    return [data.Row(messages, language.solve(messages[0]["content"]), i)
+    return [data.Row(messages, language.solve(messages[0]["content"]), i, source="instruction")
             for i, messages in enumerate(solver[:count], 1)]
 
 
@@ -283,6 +286,7 @@ SETTINGS = [
      "without it: the embedded default's fine-tuning set, answered right"),
     runs.SPLIT,
     runs.EVAL_DATA,
+    runs.EVAL_SPLIT,
     runs.SKIP_BAD_ROWS,
     ("--iterations", COUNT, 4, 4, "how often the player becomes the opponent"),
     ("--pairs", COUNT, 5000, 50000,
@@ -321,6 +325,7 @@ def parse_args(argv=None):
     console.refuse_idle(argv, args.game, IDLE)
     if args.eval_data and not args.data:
         raise console.UserError("--eval-data goes with --data: the embedded default has scores")
+    data.refuse_splits(args)
     if args.skip_bad_rows and not args.data:
         raise console.UserError("--skip-bad-rows is about --data: name one")
     for name in ("lam", "lr"):
@@ -340,10 +345,8 @@ def parse_args(argv=None):
 def set_up(args):
     """The Game of these settings: model loaded, data encoded, nothing played. Raises UserError."""
     machine.check_device(args.device)
-    if args.data:
-        rows = data.read_data(args.data, args.skip_bad_rows, args.split)
-    else:
-        rows = language_data(args.pairs * args.iterations)
+    rows, held = data.read_both(args)
+    rows = rows or language_data(args.pairs * args.iterations)
     (config, count), dtype = read_config(args.model), machine.DTYPES[args.dtype]
     plan = machine.memory_plan(config, dtype, count, optimizer_floats=1, rows=1, positions=ROOM,
                                tokens=args.micro_batch, recompute=args.low_memory)
@@ -352,20 +355,14 @@ def set_up(args):
     variables = console.assignments(args.template_args)
     player, tokenizer = load(args.model, args.device, dtype, args.date, variables)
     player.recompute = args.low_memory
-    for switch in tokenizer.unset:
-        console.note(f"the chat template reads {switch}, and --template-args does not set it")
+    for remark in tokenizer.remarks:
+        console.note(remark)
     reads = [(lambda row: tokenizer.chat(row.messages), config.context),
              (lambda row: tokenizer.reply(row.messages, row.answer, player.end_ids), None)]
-    def read(rows, name):  # [(row, (prompt, answer))]
-        return data.measured(rows, reads, args.answer_tokens, f"--data {name}, line",
-                             args.skip_bad_rows)
-    held = []
-    if args.data:
-        rows, held = data.held_out(rows) if args.eval_data is None else (rows, [])
-        if args.eval_data not in (None, "none"):
-            held = data.read_data(args.eval_data, args.skip_bad_rows, args.split)
-        held = read(held, args.eval_data or args.data)
-    found, rng = read(rows, args.data), random.Random(args.seed)
+    # [(row, (prompt, answer))] of the rows to learn from, and of those held out
+    found, held = (data.measured(x, reads, args.answer_tokens, args.skip_bad_rows if args.data
+                                 else None) for x in (rows, held or []))
+    rng = random.Random(args.seed)
     rng.shuffle(found)
     rows = [row for row, _ in found]
     prompts = [prompt for _, (prompt, _) in found]
@@ -609,7 +606,7 @@ def main(argv=None):
         minutes = (time.perf_counter() - began) / 60
         print(f"\n{made - first} updates in {minutes:.1f} minutes; "
               f"the iterates are in {run.folder}")
-        if game.held:
+        if game.held and len(rates) > 1:
             print(evaluate.people_table(rates))
         elif rates:
             queries = language.evaluation_set(args.eval_items)

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -137,15 +138,23 @@ def parse(table, argv, command, description, real=False, **defaults):
     return args
 
 
+NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
+
+
 def specs(rewards):
-    """[(spec, weight)] of --reward: several are joined by commas, and each may end in :weight."""
+    """[(spec, weight)] of --reward: several are joined by commas, and each may end in :weight.
+
+    Raises UserError for an empty name, and for a weight that is none.
+    """
     found = []
-    for part in (rewards or "").split(","):
-        spec, _, weight = part.rpartition(":")
-        if spec and re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", weight):
-            found.append((spec, float(weight)))
-        else:
-            found.append((part, 1.0))
+    for part in rewards.split(",") if rewards is not None else []:
+        spec, colon, weight = part.rpartition(":")
+        number = re.fullmatch(NUMBER, weight)
+        if not part or colon and (number and not 0 < abs(float(weight)) < math.inf
+                                  or not number and spec in ("exact", "math", "majority")):
+            raise UserError(f"--reward {part}: expected a reward, or reward:weight with a number "
+                            "that is not 0")
+        found.append((spec, float(weight)) if colon and number else (part, 1.0))
     return found
 
 

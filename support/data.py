@@ -2,13 +2,14 @@
 import csv
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from support import files
-from support.console import UserError, note, one_line, progress
+from support import files, worked
+from support.console import UserError, note, one_line, progress, specs
 
 # The shapes of a row that are known, by the columns that hold it: one with a whole conversation, or
 # one with the question and one with the answer. Of several that fit, the first is taken.
@@ -26,6 +27,7 @@ SHAPES = {
     "question and response": ["question", "response"],  # OpenOrca, with its "system_prompt"
 }
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
+ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".parquet")  # of files
 LEFT_OUT = {"generated", "rejected"}  # columns of the shapes above that are not people's answers
 
 # Where a file of open instructions has the question: of several, the first that a row has.
@@ -38,6 +40,7 @@ class Row(NamedTuple):
     answer: str | None = None  # None where the Challenger asked
     line: int | None = None  # its number in the file, from 1
     others: dict = {}  # its other columns, as they came
+    source: str = ""  # for errors: "--data FILE, line"
 
     @property
     def query(self):
@@ -60,21 +63,21 @@ def columns(rows):
 # --------------------------------------------------------------------------------------------------
 # Rows
 
-def read_data(name, skip_bad=False, split="train"):
+def read_data(name, skip_bad=False, split="train", flag="--data"):
     """The Rows of a file, or of a dataset on the hub (owner/name). Says what it has read.
 
     A row has one of SHAPES. Of a chat the first turn is used, as in SPIN's paper, with the system
-    message before it if there is one. split: which part of a hub dataset.
+    message before it if there is one. split: which part of a hub dataset. flag: for errors.
     Raises UserError with the number of the first bad row, or leaves bad rows out, with a note.
     """
-    where = f"--data {name}"
+    where = f"{flag} {name}"
     rows, bad, shapes = [], [], Counter()
     for i, values in read_rows(name, where, split):
         try:
             shape, messages, answer = read_row(values)
             used = {*SHAPES[shape], *LEFT_OUT}
             others = {key: value for key, value in values.items() if key not in used}
-            rows.append(Row(messages, answer, i, others))
+            rows.append(Row(messages, answer, i, others, f"{where}, line"))
             shapes[shape] += 1
         except UserError as error:
             bad.append((i, str(error)))
@@ -116,13 +119,13 @@ def sort_out(where, bad, skip_bad):
     note(f"{what}; left out: {len(bad)} row{'s' * (len(bad) > 1)}")
 
 
-def measured(rows, reads, longest, where, skip_bad=None):
+def measured(rows, reads, longest, skip_bad=None, unclear=None):
     """[(Row, what each reader made of it)]: every row is read before anything is played.
 
     reads: [(ids_of(row), context)], one for each model that reads it, with context None where any
-    length will do; the first one answers. longest: tokens that an answer may have. where, skip_bad:
-    see sort_out. Raises UserError for rows that a chat template refuses, or that do not fit, or
-    leaves them out, with a note.
+    length will do. longest: tokens that an answer may have. skip_bad: see sort_out. unclear: says
+    why a known answer cannot be judged by, or None. Raises UserError for rows that a chat template
+    refuses, that do not fit, or that are unclear, or leaves them out, with a note.
     """
     good, bad = [], []
     bar = progress("reading the data", len(rows), "row")
@@ -133,8 +136,10 @@ def measured(rows, reads, longest, where, skip_bad=None):
             why = [f"{len(ids)} tokens and up to {longest} of an answer (--answer-tokens) are more "
                    f"than the model's context of {most}"
                    for ids, most in found if most and len(ids) + longest > most]
-            if not found[0][0]:
+            if not all(ids for ids, _ in found):
                 why.append("the chat template writes nothing for it")
+            if unclear and (fault := unclear(row.answer)):
+                why.append(f"its answer {fault}: {row.answer[:60]!r}")
         except UserError as error:
             why = [str(error)]
         if why:
@@ -142,46 +147,62 @@ def measured(rows, reads, longest, where, skip_bad=None):
         else:
             good.append((row, [ids for ids, _ in found]))
     bar.close()
-    sort_out(where, bad, skip_bad)
+    if bad:
+        sort_out(rows[0].source, bad, skip_bad)
     if rows and not good:
-        raise UserError(f"{where} ..: no row is left")
+        raise UserError(f"{rows[0].source} ..: no row is left")
     return good
 
 
-def questions(args, tokenizer, context):
-    """(the Rows of --data, those for scores, tokens of the longest prompt). Raises UserError.
+def read_both(args):
+    """(the Rows of --data, those for scores), as they stand in the files. Raises UserError.
 
     Without --data there are no Rows, and without rows for scores these are None: then others may
     serve. They are [] where --data has too few, or where --eval-data says none.
     """
-    reads = [(lambda row: tokenizer.chat(row.messages), context)]
     rows, held = None, [] if args.eval_data == "none" else None
     if args.data:
-        rows = fitting(args, read_data(args.data, args.skip_bad_rows, args.split), reads)
+        rows = read_data(args.data, args.skip_bad_rows, args.split)
         rows, held = held_out(rows) if args.eval_data is None else (rows, held)
     if args.eval_data not in (None, "none"):
-        held = fitting(args, read_data(args.eval_data, args.skip_bad_rows, args.split), reads)
-    asked = [tokenizer.chat(row.messages) for row in (rows or []) + (held or [])]
-    return rows, held, max([args.query_tokens + 64, *map(len, asked)])
+        held = read_data(args.eval_data, args.skip_bad_rows, args.eval_split, "--eval-data")
+        learnt = {repr(row.messages) for row in rows or []}
+        if both := sum(repr(row.messages) in learnt for row in held):
+            note(f"{both:,} of the {len(held):,} questions of --eval-data are in --data, too: "
+                 "their scores say nothing about new ones")
+    return rows, held
+
+
+def refuse_splits(args):
+    """Raise UserError where a split is named and its data is a file."""
+    for flag, split, usual, name in (("--split", args.split, "train", args.data),
+                                     ("--eval-split", args.eval_split, "test", args.eval_data)):
+        if split != usual and not files.is_hub_name(name or ""):
+            raise UserError(f"{flag} is for datasets on the hub, owner/name: a file has no splits")
 
 
 def held_out(rows):
     """(rows to learn from, rows for scores): a tenth is held out, by the question's checksum.
 
-    So the same question never stands on both sides. Of fewer than twenty rows none is held out.
+    So the same question never stands on both sides. Of fewer than twenty rows none is held out, nor
+    where one side would be empty.
     """
-    if len(rows) < 20:
-        return rows, []
     apart = [zlib.crc32(repr(row.messages).encode()) % 10 == 0 for row in rows]
+    if len(rows) < 20 or all(apart):
+        return rows, []
     return ([row for row, held in zip(rows, apart) if not held],
             [row for row, held in zip(rows, apart) if held])
 
 
 def fitting(args, rows, reads):
-    """Those of --data's rows that all readers can read: see `measured`."""
-    found = measured(rows, reads, args.answer_tokens, f"--data {args.data}, line",
-                     args.skip_bad_rows)
-    return [row for row, _ in found]
+    """(those of the rows that all readers can read, tokens of the longest text): see `measured`.
+
+    With --reward math their answers must be clear, too. None stays None.
+    """
+    unclear = worked.unclear if "math" in dict(specs(args.reward)) else None
+    found = measured(rows or [], reads, args.answer_tokens, args.skip_bad_rows, unclear)
+    longest = max((len(ids) for _, every in found for ids in every), default=0)
+    return rows and [row for row, _ in found], longest
 
 
 def check_longest(args, prompt, reads, judge):
@@ -211,12 +232,16 @@ def read_row(values):
         raise UserError("not JSON; a list of objects, or one object a line, is expected")
     if not isinstance(values, dict):
         raise UserError(f"expected an object with columns, not {type(values).__name__}")
+    if None in values:  # of a CSV file
+        raise UserError("it has more cells than the header has names")
     there = {key for key, value in values.items() if value is not None}
     shape = next((name for name, needed in SHAPES.items() if there >= set(needed)), None)
     if shape is None:
         known = "; ".join(" + ".join(needed) for needed in SHAPES.values())
-        raise UserError(f"its columns are {', '.join(map(str, values)) or 'none'}; known are: "
-                        f"{known}")
+        empty = [key for key in values if key not in there]
+        raise UserError(f"its columns are {', '.join(map(str, values)) or 'none'}"
+                        + (f" (empty: {', '.join(map(str, empty))})" if empty else "")
+                        + f"; known are: {known}")
     question, answer = SHAPES[shape][0], values[SHAPES[shape][-1]]
     alone = len(SHAPES[shape]) == 1
     if alone and (isinstance(answer, list) or "prompt" not in there):
@@ -276,16 +301,19 @@ def read_rows(name, where, split="train"):
     JSONL, a JSON list, .csv, or .parquet, which needs pyarrow.
     """
     if files.is_hub_name(name):
-        found = []
-        for path in hub_files(name, split):
+        found, paths = [], hub_files(name, where, split)
+        note(f"{where}: split {split}, {len(paths)} file{'s' * (len(paths) > 1)}")
+        for path in paths:
             found += [values for _, values in read_rows(path, f"{where}, {path.name}")]
         return list(enumerate(found, 1))
     path = Path(name)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() not in ("", *ENDINGS):
+        raise UserError(f"{where}: known endings of files are {', '.join(ENDINGS)}")
+    if path.suffix.lower() == ".parquet":
         return list(enumerate(_parquet(path, where), 1))
     text = text_of(path, where)
-    if path.suffix == ".csv":
-        return list(enumerate(csv.DictReader(io.StringIO(text, newline="")), 1))
+    if path.suffix.lower() == ".csv":
+        return _csv(text, where)
     try:
         values = json.loads(text)
         return list(enumerate(values if isinstance(values, list) else [values], 1))
@@ -314,6 +342,15 @@ def _json_line(line):
         return NotJson()
 
 
+def _csv(text, where):
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a whole text
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        return [(reader.line_num, row) for row in reader]  # a row may go over several lines
+    except csv.Error as error:
+        raise UserError(f"{where}: not readable as CSV ({one_line(error)})") from None
+
+
 def _parquet(path, where):
     try:
         import pyarrow.parquet  # an optional extra
@@ -325,24 +362,24 @@ def _parquet(path, where):
         raise UserError(f"{where}: not readable as Parquet ({one_line(error)})") from None
 
 
-def hub_files(name, split):
+def hub_files(name, where, split):
     """The data files of one split of a hub dataset, fetched into the hub's cache. UserError.
 
-    split: "train", or "main/train" where a dataset has several folders.
+    split: its whole name, "train", with the folder where several have it: "main/train". The names
+    of files say it: main/train-00000-of-00002.parquet, data/train.jsonl, or train/0000.parquet.
     """
-    folder = files.fetch(str(name), ["*.parquet", "*.jsonl", "*.json", "*.csv"], "dataset")
-    there = sorted(path for path in folder.rglob("*")
-                   if path.suffix in (".parquet", ".jsonl", ".json", ".csv"))
-    named = [str(path.relative_to(folder)) for path in there]
-    found = [path for path, full in zip(there, named) if split in full]
-    folders = sorted({str(path.parent.relative_to(folder)) for path in found})
-    if len(folders) > 1:
-        raise UserError(f"--data {name}: --split {split} is in several folders: choose one, such "
-                        f"as --split {folders[0]}/{split}")
-    if not found:
-        raise UserError(f"--data {name}: no file of --split {split}; its files are "
-                        f"{', '.join(named[:8]) or 'none that can be read'}")
-    return found
+    folder = files.fetch(str(name), [f"*{ending}" for ending in ENDINGS], "dataset")
+    splits = {}
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS):
+        *folders, stem = path.relative_to(folder).with_suffix("").parts
+        own = re.sub(r"(^|-)\d+(-of-\d+)?(-[0-9a-f]{8,})?$", "", stem)
+        splits.setdefault("/".join([*folders, own] if own else folders), []).append(path)
+    found = [full for full in splits if split in (full, full.rpartition("/")[2])]
+    if len(found) != 1:
+        what = "no split" if not found else f"{len(found)} splits"
+        raise UserError(f"{where}: {what} of the name {split}; there "
+                        f"{'are' if splits else 'is'} {', '.join(splits) or 'no file to read'}")
+    return splits[found[0]]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -245,6 +245,7 @@ def write_folder(folder, raw, tensors, copy_from, end_ids=None, variables=None):
                 "Trained with these variables of the chat template (chat_template_kwargs): "
                 f"{json.dumps(variables)}\n", encoding="utf-8")
         save_file(tensors, new, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", new)  # for whom it is to be read, as the others
         new.replace(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         if folder.is_dir():

@@ -119,6 +119,13 @@ def read_scores(run):
     return read_json(file).get("scores", {}) if file.is_file() else {}
 
 
+def what_scores_are(runs):
+    """What the scores of these runs are, times 100: right answers where all rewards are 0 or 1."""
+    files = [Path(run) / "evaluation.json" for run in runs]
+    right = all(read_json(file).get("right", True) for file in files if file.is_file())
+    return "right answers, %" if right else "mean reward x 100"
+
+
 # --------------------------------------------------------------------------------------------------
 # Curves
 
@@ -218,7 +225,7 @@ def plot_scores(axis, scores, colour):
         axis.plot(greedy, color=colour[run], linestyle=":", marker=".")
     names = max(scores.values(), key=len)
     axis.set_xticks(range(len(names)), names, fontsize=7, rotation=20)
-    axis.set_title("right answers, %\nsampled (line), greedy (dots)", fontsize=9)
+    axis.set_title(f"{what_scores_are(scores)}\nsampled (line), greedy (dots)", fontsize=9)
     axis.grid(alpha=0.25)
 
 
@@ -377,9 +384,10 @@ def scores_section(marks):
                     rows.append([name, escape(model), escape(kind), escape(s["n"]), *shares])
     if not rows:
         return ""
-    header = ["run", "model", "kind", "n", "temperature 1, %", "greedy, %", "pass@8, %"]
-    note = '<p class="quiet">In brackets: the 95 % interval.</p>'
-    return f"<h2>Right answers on held-out instructions</h2>\n{table(header, rows)}\n{note}"
+    header = ["run", "model", "kind", "n", "temperature 1", "greedy", "pass@8"]
+    note = (f'<p class="quiet">{what_scores_are(marks).capitalize()}; in brackets: the 95 % '
+            "interval.</p>")
+    return f"<h2>Scores on held-out questions</h2>\n{table(header, rows)}\n{note}"
 
 
 def interval(share):

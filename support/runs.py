@@ -31,6 +31,7 @@ MODEL = ("--model", str, "tiny", "tiny",
          "org/name@revision)")
 SPLIT = ("--split", str, "train", "train",
          "which part of a hub dataset (--data owner/name), such as train, or main/train")
+EVAL_SPLIT = ("--eval-split", str, "test", "test", "the same of --eval-data")
 SKIP_BAD_ROWS = ("--skip-bad-rows", bool, False, False,
                  "leave out, and name, rows of --data that are empty, too long or refused by the "
                  "chat template; without it the run is refused")
@@ -74,6 +75,8 @@ def model_folder(name):
     no model.
     """
     folder = Path(name)
+    if str(name) == MODEL[2] and not folder.is_dir():  # started in somebody's own folder
+        folder = Path(__file__).parent.parent / name
     if (folder / "metrics.jsonl").is_file():
         if not iterates(folder):
             raise UserError(f"{name}: this run has no finished model")

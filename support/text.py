@@ -24,7 +24,7 @@ NO_THOUGHT = "\n</think>\n\n"  # closes a thought that a prompt has opened
 class Tokenizer:
     """A model folder's tokenizer.json and chat template.
 
-    variables: what the user sets for the template. unset: switches that it reads, and nobody set.
+    variables: what the user sets for the template. remarks: what a user should know of them.
     special: {text of a special token: its id}. names: {"bos_token": its text, ..}, those that the
     folder gives. date: the moment, in ISO form, that templates take for now.
     """
@@ -53,7 +53,10 @@ class Tokenizer:
         self.template = _compile(folder, source, now)
         self.variables = variables or {}
         reads = meta.find_undeclared_variables(self.template.environment.parse(source))
-        self.unset = sorted({"enable_thinking"} & reads - set(self.variables))
+        self.remarks = [f"the chat template reads {name}, and --template-args does not set it"
+                        for name in {"enable_thinking"} & reads - set(self.variables)]
+        self.remarks += [f"the chat template does not read {name} of --template-args"
+                         for name in self.variables if name not in reads]
 
     def beyond(self, vocabulary):
         """The tokens that may be written and whose ids are not below `vocabulary`.

@@ -2,6 +2,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,7 +103,7 @@ def test_other_columns_are_for_rewards(tmp_path):
 def test_csv_and_parquet(tmp_path, monkeypatch):
     (tmp_path / "data.csv").write_text('question,answer\n"a, with ""b""",1\n"two\nlines",2\n')
     assert [(row.query, row.answer, row.line) for row in read_data(tmp_path / "data.csv")] == [
-        ('a, with "b"', "1", 1), ("two\nlines", "2", 2)]
+        ('a, with "b"', "1", 2), ("two\nlines", "2", 4)]  # the line that it ends in
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="reading .parquet needs pyarrow: pip install pyarrow"):
@@ -118,9 +119,11 @@ def test_csv_and_parquet(tmp_path, monkeypatch):
         read_data(tmp_path / "data.parquet")
 
 
-def test_a_dataset_on_the_hub(tmp_path, monkeypatch):
-    """Its files of one split. Where several folders have that split, one must be named."""
-    for name in ("main/train-0.jsonl", "main/test-0.jsonl", "other/train-0.jsonl"):
+def test_a_dataset_on_the_hub(tmp_path, monkeypatch, capsys):
+    """Its files of one split, and of no other: test rows never get among those to learn from."""
+    for name in ("main/train-00000-of-00002.jsonl", "main/train-00001-of-00002.jsonl",
+                 "main/test-00000-of-00001.jsonl", "other/train.jsonl", "sft/train_sft.jsonl",
+                 "sft/train_gen-00000-of-00001-0a1b2c3d4e.jsonl", "converted/dev/0000.jsonl"):
         (tmp_path / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
         row = json.dumps({"prompt": name, "answer": "b"}) + "\n"
         (tmp_path / "hub" / name).write_text(row * 2)
@@ -132,13 +135,64 @@ def test_a_dataset_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(data.files, "fetch", fetch)
     monkeypatch.chdir(tmp_path)
     rows = read_data("org/sums", split="main/train")
-    assert [(row.query, row.line) for row in rows] == [("main/train-0.jsonl", 1),
-                                                       ("main/train-0.jsonl", 2)]
+    first, second = ("main/train-0000%d-of-00002.jsonl" % i for i in (0, 1))
+    assert [(row.query, row.line) for row in rows] == [(first, 1), (first, 2), (second, 3),
+                                                       (second, 4)]
     assert asked == [("org/sums", "dataset")]
-    with pytest.raises(UserError, match="in several folders: choose one, such as --split main/tr"):
+    assert "--data org/sums: split main/train, 2 files" in capsys.readouterr().err
+    for split, name in (("test", "main/test-00000-of-00001.jsonl"),
+                        ("dev", "converted/dev/0000.jsonl"),
+                        ("train_gen", "sft/train_gen-00000-of-00001-0a1b2c3d4e.jsonl")):
+        assert {row.query for row in read_data("org/sums", split=split)} == {name}
+    with pytest.raises(UserError, match="--data org/sums: 2 splits of the name train; there are "
+                                        "converted/dev, main/test, main/train, other/train, "):
         read_data("org/sums")
-    with pytest.raises(UserError, match="no file of --split dev; its files are main/test-0.jsonl"):
-        read_data("org/sums", split="dev")
+    for split in ("main", "tra", "train_"):
+        with pytest.raises(UserError, match=f"no split of the name {split}; there are"):
+            read_data("org/sums", split=split)
+
+
+def test_splits_are_refused_beside_files():
+    def args(**changes):
+        usual = {"data": "a.json", "split": "train", "eval_data": None, "eval_split": "test"}
+        return SimpleNamespace(**usual | changes)
+    data.refuse_splits(args())
+    data.refuse_splits(args(data="org/sums", split="main/train", eval_data="org/sums",
+                            eval_split="main/test"))
+    for changes, flag in (({"split": "main/test"}, "--split"),
+                          ({"eval_split": "dev"}, "--eval-split")):
+        with pytest.raises(UserError, match=f"^{flag} is for datasets on the hub"):
+            data.refuse_splits(args(**changes))
+
+
+def test_questions_on_both_sides_are_counted(tmp_path, capsys):
+    """Scores on rows that were learnt from say nothing about new ones."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
+    args = SimpleNamespace(data=str(path), split="train", eval_data=str(path), eval_split="test",
+                           skip_bad_rows=False)
+    rows, held = data.read_both(args)
+    assert [row.query for row in rows] == [row.query for row in held] == ["a", "c"]
+    assert held[0].source == f"--eval-data {path}, line"
+    assert "2 of the 2 questions of --eval-data are in --data, too" in capsys.readouterr().err
+
+
+def test_csv_as_programs_write_it(tmp_path):
+    """Long cells, cells over several lines, a comma too many, and a name in capitals."""
+    path = tmp_path / "UP.CSV"
+    path.write_text('question,answer\n"two\nlines",1\n' + 200000 * "x" + ',2\na,\n')
+    with pytest.raises(UserError, match="UP.CSV, line 5: an empty prompt or answer"):
+        read_data(path)
+    rows = read_data(path, skip_bad=True)
+    assert [(len(row.query), row.line) for row in rows] == [(9, 3), (200000, 4)]
+    path.write_text("question,answer\na,1,\nb,2\nc\n")
+    with pytest.raises(UserError, match="line 2: it has more cells than the header has names"):
+        read_data(path)
+    path.write_text("question,answer\nb,2\nc\n")
+    with pytest.raises(UserError, match="line 3: its columns are question, answer .empty: answer"):
+        read_data(path)
+    with pytest.raises(UserError, match="known endings of files are .jsonl, .json, .ndjson, .csv"):
+        read_data("table.tsv")
 
 
 GOOD = '{"prompt": "p", "answer": "a"}'
@@ -256,23 +310,24 @@ def reader(row):
 ])
 def test_every_row_is_measured_before_the_first_step(bad, why, capsys):
     """What is too long, refused by the template or empty is named by its line, or left out."""
-    rows = [data.Row([user("x" * 8)], "a", 1), data.Row(bad, "a", 2), data.Row([user("z")], "b", 5)]
+    rows = [data.Row(messages, "a", i, {}, "--data f, line")
+            for i, messages in ((1, [user("x" * 8)]), (2, bad), (5, [user("z")]))]
     with pytest.raises(UserError, match=f"^--data f, line 2: .*{why}; mend it, or leave"):
-        data.measured(rows, [(reader, 10)], 2, "--data f, line", False)
-    found = data.measured(rows, [(reader, 10)], 2, "--data f, line", True)
+        data.measured(rows, [(reader, 10)], 2, False)
+    found = data.measured(rows, [(reader, 10)], 2, True)
     assert found == [(rows[0], [list("x" * 8)]), (rows[2], [["z"]])]
     assert re.search(why, capsys.readouterr().err)
     with pytest.raises(UserError, match="no row is left"):
-        data.measured(rows[1:2], [(reader, 10)], 2, "--data f, line", True)
+        data.measured(rows[1:2], [(reader, 10)], 2, True)
 
 
 def test_a_row_must_fit_into_each_model_that_reads_it():
     """The referee's context is smaller than the player's here."""
-    rows = [data.Row([user("abcd")], "a", 7)]
+    rows = [data.Row([user("abcd")], "a", 7, {}, "--data f, line")]
     reads = [(reader, 100), (lambda row: reader(row) + [0], 6), (lambda row: [0] * 99, None)]
     with pytest.raises(UserError, match="line 7: 5 tokens and up to 2 .* context of 6"):
-        data.measured(rows, reads, 2, "--data f, line", False)
-    (row, (ids, *_)), = data.measured(rows, reads, 1, "--data f, line", False)
+        data.measured(rows, reads, 2, False)
+    (row, (ids, *_)), = data.measured(rows, reads, 1, False)
     assert row is rows[0] and ids == list("abcd")
 
 
@@ -290,3 +345,7 @@ def test_a_tenth_is_held_out_by_the_question():
     assert not {row.query for row in learnt} & {row.query for row in held}
     assert data.held_out(rows) == (learnt, held)
     assert data.held_out(rows[:19]) == (rows[:19], [])  # too few
+    # One question, however often, stands on one side alone, and that is the one to learn from.
+    for i in range(40):
+        same = [data.Row([user(f"Add {i} and 1.")], "1")] * 30
+        assert data.held_out(same) == (same, [])

@@ -170,11 +170,45 @@ def test_open_instructions_from_the_command_line(tmp_path, tiny):
 def test_a_pair_that_is_too_long_is_cut_in_both_answers(tiny):
     """The judge still sees the query, a piece of each answer, and what it is asked for."""
     judge = PairJudge(*tiny)
-    ids = judge.ids("Add 1 and 2.", 450 * "a", 300 * "b")
+    a, b = judge.fitting("Add 1 and 2.", 450 * "a", 300 * "b")
+    ids = judge.ids("Add 1 and 2.", a, b)
     text = tiny[1].decode(ids)
+    judge(["Add 1 and 2."] * 3, ["3", 450 * "a", "3"], ["4", "4", 300 * "b"])
+    assert judge.cut == 1  # only one of the three pairs was too long
+    assert judge.fitting("q", "3", "4") == ("3", "4")
     assert len(ids) <= 512
     assert "Add 1 and 2." in text and text.endswith("Reply with one letter, A or B.")
     assert 50 * "a" in text and 50 * "b" in text
+
+
+def test_what_rewards_are_not_right_or_wrong_are_called_by_their_name():
+    """Their mean is no share, and their gain is padded by their own range, not by 1."""
+    rates = {"sampled": torch.full((4, 8), 0.02), "greedy": torch.full((4, 1), 0.03)}
+    more = {way: rewards + 0.001 for way, rewards in rates.items()}
+    rows = summary(rates, list("abcd"))["all"]
+    assert rows["greedy"] == pytest.approx([0.03, 0.0268, 0.0312], abs=2e-3)
+    text = evaluate.table({"now": {"all": rows}}, right=False)
+    assert text.startswith("mean reward ") and "0.03 [" in text and "the best of the 8" in text
+    gain = evaluate.gains(more, rates)["greedy"]
+    assert gain[0] == pytest.approx(0.001) and -0.02 < gain[1] < gain[2] < 0.02
+    assert "points" not in evaluate.gain_line(evaluate.gains(more, rates), right=False)
+
+
+def test_a_duel_gives_its_referee_the_conversations_and_takes_no_useless_one(tmp_path):
+    (tmp_path / "set.json").write_text(json.dumps([{"instruction": "Add 1 and 2."}] * 2))
+    (tmp_path / "mine.py").write_text(
+        "def chat(queries, answers, messages):\n"
+        "    assert messages == [[{'role': 'user', 'content': q}] for q in queries]\n"
+        "    return [[2, 1] for _ in queries]\n")
+    start = str(ROOT / "tiny")
+    words = ["duel", start, "--against", start, "--instructions", "set.json", "--answer-tokens",
+             "9", "--reward"]
+    done = command(evaluate, tmp_path, *words, "mine.py:chat")
+    assert done.returncode == 0, done.stderr
+    assert duel_table(torch.ones(2), ["all", "all"]) in done.stdout  # ours won both
+    for useless in ("majority", "math:0.5", "exact:2", "mine.py:chat,majority"):
+        done = command(evaluate, tmp_path, *words, useless, "--outputs", "b.json")
+        assert done.returncode == 2 and "knows no answers" in done.stderr
 
 
 def test_a_duel_says_how_many_answers_were_cut(tmp_path):

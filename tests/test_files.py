@@ -178,6 +178,13 @@ def test_the_switches_of_the_template_are_told_to_who_opens_the_model(folder, tm
     assert not (tmp_path / "b" / "README.md").exists()
 
 
+def test_saved_weights_are_read_by_whom_the_settings_are(folder, tmp_path):
+    save(load(folder)[0], tmp_path / "a")
+    modes = {(tmp_path / "a" / name).stat().st_mode
+             for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
+
+
 def test_ids_may_have_gaps(folder):
     """The largest id counts, not how many there are."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

@@ -1,6 +1,7 @@
 r"""--reward math: which answers are equal. No pair of unequal ones may ever be called so."""
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from rewards import MathReward
-from support import data, mathematics, worked
+from support import mathematics, worked
 from support.console import UserError
 from support.worked import final_answer, same
 
@@ -187,8 +188,7 @@ UNPAID = [("#### 18", "That makes 18!"), ("#### 18", "She has 18 on May 2, 2024.
 
 def paid(known, answer):
     """The reward, 0 or 1."""
-    referee = MathReward([data.Row([], known, 1)])
-    return referee(["q"], [[answer]], [known]).item()
+    return MathReward()(["q"], [[answer]], [known]).item()
 
 
 @pytest.mark.parametrize("number, texts", PIECES, ids=[number for number, _ in PIECES])
@@ -239,40 +239,39 @@ def test_some_right_answers_are_not_paid(known, answer):
 
 @pytest.mark.parametrize("known", [
     known for known, _, _ in LIBRARY if "text" not in known])
-def test_what_needs_math_verify_is_refused_without_it(monkeypatch, capsys, known):
+def test_what_needs_math_verify_is_refused_without_it(monkeypatch, known):
+    """Before anything is played: data.measured asks `unclear` of every row."""
+    assert worked.unclear(known) is None or mathematics.version() is None
     without(monkeypatch)
-    with pytest.raises(UserError, match="answer in line 7 is no plain number.*pip install"):
-        MathReward([data.Row([], "#### 3", 6), data.Row([], known, 7)])
-    assert capsys.readouterr().err == ""
+    assert re.match("is no plain number .*pip install math-verify", worked.unclear(known))
 
 
 def test_it_is_said_once_who_judges(monkeypatch, capsys):
-    rows, version = [data.Row([], "#### 3", 1)], mathematics.version()
-    referee = MathReward(rows)
+    version = mathematics.version()
+    referee = MathReward()
     referee(["q"], [["4", r"\boxed{x+1}"]], ["#### 3"])
     said = capsys.readouterr().err
     assert said.count("note:") == 1
     assert ("by math-verify " + version if version else "as they are written") in said
     without(monkeypatch)
-    MathReward(rows)
+    MathReward()
     assert "pip install math-verify" in capsys.readouterr().err
 
 
 def test_a_python_without_the_library(tmp_path):
     """Not a changed function, but an import that fails."""
     code = ("import sys; sys.modules['math_verify'] = None\n"
-            "from rewards import MathReward\nfrom support import data\n"
-            "rows = [data.Row([], '#### 3', 1)]\n"
-            r"print(MathReward(rows)(['q'], [['3', r'\\boxed{\\sqrt{9}}']], ['#### 3']).tolist())"
-            "\nMathReward([data.Row([], r'\\boxed{x+1}', 2)])\n")
+            "from rewards import MathReward\nfrom support import worked\n"
+            r"print(MathReward()(['q'], [['3', r'\\boxed{\\sqrt{9}}']], ['#### 3']).tolist())"
+            "\nprint(worked.unclear(r'\\boxed{x+1}'))\n")
     done = subprocess.run([sys.executable, "-c", code.replace("\\\\", "\\")], cwd=ROOT,
                           capture_output=True, text=True)
-    assert done.stdout == "[[1.0, 0.0]]\n", done.stderr
-    assert "UserError" in done.stderr and "pip install math-verify" in done.stderr
+    paid, unclear = done.stdout.splitlines()
+    assert paid == "[[1.0, 0.0]]" and "pip install math-verify" in unclear, done.stderr
 
 
 def test_the_share_of_unreadable_answers():
-    referee = MathReward([data.Row([], "#### 3", 1)])
+    referee = MathReward()
     assert referee.figures == {}
     answers = [["3", "I do not know", "", "4 or 5"], ["4", "3", r"\boxed{3", "-3"]]
     scores = referee(["q", "p"], answers, ["#### 3", "#### 3"])

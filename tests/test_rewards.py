@@ -14,7 +14,7 @@ from rewards import (
     WrittenQuality,
     load_referee,
 )
-from support import console, data, files, referees
+from support import console, data, files, referees, worked
 from support.console import UserError
 from support.referees import judged
 from support.worked import final_answer
@@ -179,8 +179,7 @@ def test_final_answer(text, value):
     ("#### 5", "#### 5/0"), ("#### 12", "#### 1,2"), ("#### 5", "\\boxed{-5}")])
 def test_two_unequal_answers_are_never_called_equal(known, answer):
     """That would pay for a wrong answer: the worse of the two faults."""
-    rows = [data.Row([], known, 1)]
-    assert MathReward(rows)(["q"], [[answer, known]], [known]).tolist() == [[0, 1]]
+    assert MathReward()(["q"], [[answer, known]], [known]).tolist() == [[0, 1]]
 
 
 def test_every_row_is_graded_by_its_own_answer():
@@ -188,7 +187,7 @@ def test_every_row_is_graded_by_its_own_answer():
     turn = {"role": "user", "content": "Add 5 and 5."}
     rows = [data.Row([{"role": "system", "content": f"Count in base {base}."}, turn], known, i)
             for i, (base, known) in enumerate([(10, "10"), (2, "1010")], 1)]
-    scores = judged(MathReward(rows), [row.query for row in rows], [["10", "1010"]] * 2,
+    scores = judged(MathReward(), [row.query for row in rows], [["10", "1010"]] * 2,
                     data.columns(rows))
     assert scores.tolist() == [[1, 0], [0, 1]]
 
@@ -235,13 +234,17 @@ def test_which_queries_have_an_answer():
 def test_math_reward():
     question = [{"role": "user", "content": "How many?"}]
     row = data.Row(question, "6 * 3 = <<6*3=18>>18\n#### 18", 1)
-    reward = MathReward([row])
+    reward = MathReward()
     answers = ["18", "there are 18.00 of them", "17", "18 eggs, no: 19"]
     assert reward(["How many?"], [answers], [row.answer]).tolist() == [[1, 1, 0, 0]]
     # Data without a clear answer is refused: a wrong truth would be worse than none.
     for unclear in ("many", "3/4 of them", "first 3, then 4", "so ####"):
-        with pytest.raises(UserError, match="the known answer in line 3 is neither"):
-            MathReward([row, data.Row(question, unclear, 3)])
+        rows = [row, data.Row(question, unclear, 3, {}, "--data f, line")]
+        with pytest.raises(UserError, match=f"--data f, line 3: its answer is neither.*{unclear}"):
+            data.measured(rows[1:], [], 1, False, worked.unclear)
+        assert data.measured(rows[:1], [], 1, False, worked.unclear) == [(row, [])]
+    with pytest.raises(UserError, match="a known answer is not clear: 'so ####'"):
+        reward(["q"], [["3"]], ["so ####"])
 
 
 def test_math_reward_on_gsm8k():
@@ -251,7 +254,7 @@ def test_math_reward_on_gsm8k():
         pytest.skip("GSM8K is not at hand (../shared/data)")
     rows = data.read_data(path)
     queries, known = [row.query for row in rows], [row.answer for row in rows]
-    reward = MathReward(rows)
+    reward = MathReward()
     assert reward(queries, [[a] for a in known], known).mean() == 1
     assert reward(queries, [[a] for a in known[1:] + known[:1]], known).mean() < 0.05
 
@@ -399,7 +402,12 @@ def test_how_a_reward_is_spelled():
     assert console.specs("math,a/b.py:f:0.5,org/model:2") == [
         ("math", 1.0), ("a/b.py:f", 0.5), ("org/model", 2.0)]
     assert console.specs("b.py:f") == [("b.py:f", 1.0)]
-    assert console.specs(None) == [("", 1.0)]
+    assert console.specs("math:1E-1,a.py:f:+1.") == [("math", 0.1), ("a.py:f", 1.0)]
+    assert console.specs("a.py:nan") == [("a.py:nan", 1.0)]  # a function of that name
+    assert console.specs(None) == []
+    for bad in ("math:abc", "math:", "exact:nan", "f.py:f:0", "majority:1e400", "", "math,"):
+        with pytest.raises(UserError, match="expected a reward, or reward:weight with a number"):
+            console.specs(bad)
 
 
 def test_held_out_scores_never_ask_the_majority():

@@ -197,6 +197,16 @@ DATED = ("{{ bos_token }}<|system|>{{ strftime_now('%d') }}<|end|>{% for m in me
          "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
+def test_the_embedded_default_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runs.model_folder("tiny").samefile(ROOT / "tiny")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    assert runs.model_folder("tiny").samefile(tmp_path / "tiny")  # a folder of one's own wins
+    with pytest.raises(UserError, match="no such model folder"):
+        runs.model_folder("small")
+
+
 @pytest.mark.parametrize("game", ["lsp", "spin"])
 def test_a_run_keeps_the_date_of_its_beginning(game, tmp_path, folder):
     """Some templates write today's date. On another day a resumed run has the same prompts."""

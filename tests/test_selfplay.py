@@ -561,14 +561,43 @@ def test_every_run_ends_with_a_scoreboard(tmp_path):
     words = [*TINY, "--steps", "1", "--queries", "2", "--answers", "2", "--game", "grpo", "--data",
              "rows.jsonl", "--reward", "math"]
     assert "all (n=3)" in run(tmp_path, *words, "--eval-data", "eval.jsonl").stdout
-    assert "no scoreboard: no --eval-data" in run(tmp_path, *words, "--eval-data", "none").stdout
+    done = run(tmp_path, *words, "--eval-data", "none")
+    assert "no scoreboard: no questions are held out" in done.stdout
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Add 1 and 1.", "answer": "hi"}\n' * 3)
     done = run(tmp_path, *words, "--eval-data", "bad.jsonl", expect=2)
-    assert "the known answer in line 1 is neither a number nor marked" in done.stderr
+    assert "--eval-data bad.jsonl, line 1: its answer is neither a number nor" in done.stderr
     # In LSP, too. A majority is then scored by the rows' known answers.
     lsp = words[:words.index("--game")]
     done = run(tmp_path, *lsp, "--eval-data", "eval.jsonl", "--reward", "majority")
     assert "all (n=3)" in done.stdout and "win rate" in done.stdout
+
+
+def test_what_held_out_rows_lack_is_found_before_the_first_step(tmp_path):
+    """A reward asks for a column that only the rows to learn from have."""
+    (tmp_path / "mine.py").write_text("def hard(queries, answers, level):\n"
+                                      "    return [[float(n) for _ in a] for a, n in "
+                                      "zip(answers, level)]\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "1", "level": 3}\n' * 2)
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "b", "answer": "1"}\n' * 2)
+    words = [*TINY, "--steps", "1", "--queries", "2", "--answers", "2", "--game", "grpo", "--data",
+             "rows.jsonl", "--reward", "mine.py:hard", "--eval-data"]
+    done = run(tmp_path, *words, "eval.jsonl", expect=2)
+    assert "the reward hard asks for 'level'" in done.stderr and not (tmp_path / "runs").exists()
+    # Such a reward is no share of right answers, and the scoreboard does not call it one.
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "b", "answer": "1", "level": 3}\n' * 2)
+    done = run(tmp_path, *words, "eval.jsonl")
+    assert "mean reward" in done.stdout and "right answers" not in done.stdout
+    assert "3 [3, 3]" in done.stdout and "the best of the 8" in done.stdout
+
+
+def test_unclear_answers_are_left_out_with_the_other_bad_rows(tmp_path):
+    rows = [{"prompt": f"Add {i} and 2.", "answer": "two" if i == 1 else str(i)} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [*TINY, "--steps", "1", "--queries", "2", "--answers", "2", "--game", "grpo", "--data",
+             "rows.jsonl", "--reward", "math"]
+    done = run(tmp_path, *words, expect=2)
+    assert "--data rows.jsonl, line 2: its answer is neither a number nor" in done.stderr
+    assert "left out: 1 row" in run(tmp_path, *words, "--skip-bad-rows").stderr
 
 
 def test_the_majority_is_scored_by_the_truth(tmp_path):

@@ -321,6 +321,14 @@ def test_answers_cut_at_the_limit_have_no_end_token(tiny):
     assert rivals[1][-1] in model.end_ids
 
 
+def test_a_batch_without_differing_pairs_has_a_loss_alone(tiny, pairs):
+    """Its margin and log-probabilities are not 0: there are none."""
+    same = [pair._replace(rival=pair.answer) for pair in pairs[:4]]
+    ref = all_logprobs(tiny[0], same, 2048)
+    row, _ = gradients(lambda m: spin_gradients(m, same, ref, 1.0, ARGS))
+    assert row == {"loss": pytest.approx(math.log(2), abs=1e-6)}
+
+
 def test_held_out_answers_are_scored(tmp_path):
     """A tenth of the data is held out. After each iteration it says how probable its answers are.
     """

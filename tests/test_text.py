@@ -447,7 +447,11 @@ def test_a_template_has_switches(tmp_path):
     told = Tokenizer(folder, None, {"enable_thinking": False, "style": "!"})
     plain = Tokenizer(folder)
     assert (plain.decode(plain.chat(message)), told.decode(told.chat(message))) == ("a", "ano!")
-    assert plain.unset == ["enable_thinking"] and told.unset == []
+    assert told.remarks == []
+    assert plain.remarks == [
+        "the chat template reads enable_thinking, and --template-args does not set it"]
+    mistyped = Tokenizer(folder, None, {"enable_thinkin": False})
+    assert "the chat template does not read enable_thinkin of --template-args" in mistyped.remarks
 
 
 def test_what_a_completion_says_to_others(tiny, tmp_path):
