@@ -127,6 +127,14 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def average(weights, crew):
+    """Average the processes' gradients of weights that each of them holds whole."""
+    for weight in weights:
+        if crew.size > 1 and not hasattr(weight, "full_tensor"):
+            dist.all_reduce(weight.grad)
+            weight.grad /= crew.size
+
+
 def shared_as(tensor, like):
     """A whole tensor, shared out as `like` is."""
     if not hasattr(like, "full_tensor"):
