@@ -48,8 +48,7 @@ class Block(nn.Module):
         q, k = qk[:, :H], qk[:, H:]  # [B, H, T, C], [B, K, T, C]
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # [B, K, S, C]: all positions so far
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=H != K)
+        y = (attend_fused if x.is_cuda else attend)(q, k, v, mask)  # [B, H, T, C]
         x = x + self.out(y.transpose(1, 2).reshape(B, T, H * C))
         gate, up = self.gate_up(F.rms_norm(x, (D,), self.mlp_norm, self.eps)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
@@ -68,6 +67,32 @@ class Block(nn.Module):
         self.mlp_norm = nn.Parameter(torch.ones(c.hidden_size))
         self.gate_up = Linear(c, "gate_proj", "up_proj")
         self.down = Linear(c, "down_proj")
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(C)) v, [B, H, T, C], of q [B, H, T, C] and k, v [B, K, S, C].
+
+    H/K heads of queries share one of keys and values. mask [B, 1, T, S]: True where a token may
+    look. None means causal.
+    """
+    causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
+
+
+def attend_fused(q, k, v, mask):
+    """`attend` for a GPU, by a fused kernel.
+
+    PyTorch 2.13's kernels for CUDA take a mask, or heads that share keys and values, but not both:
+    it would take the math kernel, which holds [B, H, T, S] (pytorch issue 191085). So nothing is
+    shared here. (Where no kernel fits, it raises: machine.check_device rules the math kernel out.)
+    """
+    B, H, T, C = q.shape
+    K = k.shape[1]
+    if T == 1:  # a head's H/K queries stand in a row, as if they were so many tokens
+        q = q.reshape(B, K, H // K, C)
+        return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, H, 1, C)
+    k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))  # [B, H, S, C]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
 
 
 class Linear(nn.Linear):
@@ -569,21 +594,14 @@ def linear_layers(model):
 
 def merge_adapter(model, folder):
     """Add the adapters of a folder, peft's or ours, to a model's weights. Raises UserError."""
-    layers, scale, found = linear_layers(model), *adapters.read(folder)
-    A, B = {name: {} for name in layers}, {name: {} for name in layers}
-    for theirs, (low, high) in found.items():
-        ours, part = adapter_names(model.config).get(theirs, (None, None))
-        if ours is None:
-            raise console.UserError(f"{folder}: this adapter is of another base: {model.folder} "
-                                    f"has no {theirs}")
-        needs = (layers[ours].parts[part], layers[ours].in_features)
-        if (len(high), low.shape[1]) != needs:
-            raise console.UserError(f"{folder}: this adapter is of another base: its {theirs} is "
-                                    f"for {len(high)} x {low.shape[1]}, that of {model.folder} is "
-                                    f"{needs[0]} x {needs[1]}")
-        A[ours][part], B[ours][part] = low, high
-    for name in [name for name in layers if A[name]]:
-        layers[name].weight = nn.Parameter(layers[name].merged(A[name], B[name], scale))
+    names = adapter_names(model.config)
+    sizes = {theirs: model.config.linear[part] for theirs, (_, part) in names.items()}
+    scale, found = adapters.read(folder, model.folder, sizes)
+    for ours, layer in linear_layers(model).items():
+        both = {part: found[theirs] for theirs, (name, part) in names.items()
+                if name == ours and theirs in found}
+        A, B = ({part: pair[side] for part, pair in both.items()} for side in (0, 1))
+        layer.weight = nn.Parameter(layer.merged(A, B, scale))
 
 
 def adapter_names(config):

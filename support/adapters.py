@@ -19,8 +19,11 @@ PLAIN = {"peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, Non
          "trainable_token_indices": (None, []), "target_parameters": (None, [])}
 
 
-def read(folder):
-    """(scale, {layer, by its name in the base: (A [r, in], B [rows, r])}). Raises UserError."""
+def read(folder, base, sizes):
+    """(scale, {layer, by its name in the base: (A [r, in], B [rows, r])}). Raises UserError.
+
+    base: the base's folder, for errors. sizes: {a layer of it: (inputs, rows)}.
+    """
     config = read_json(folder / ADAPTER)
     for key, values in PLAIN.items():
         if config.get(key, values[0]) not in values:
@@ -46,7 +49,12 @@ def read(folder):
     alone = sides["A"].keys() ^ sides["B"].keys()
     if alone or not tensors:
         raise UserError(f"{folder}: {min(alone, default='no layer')} has not both of A and B")
-    return scale, {name: (sides["A"][name], sides["B"][name]) for name in sides["A"]}
+    for name, A in sides["A"].items():
+        found, there = (A.shape[1], len(sides["B"][name])), sizes.get(name, "no such layer")
+        if found != there:
+            raise UserError(f"{folder}: this adapter is of another base: its {name} has (inputs, "
+                            f"rows) {found}; in {base} there is {there}")
+    return scale, {name: (A, sides["B"][name]) for name, A in sides["A"].items()}
 
 
 def write(folder, base, settings, adapters):

@@ -24,6 +24,8 @@ def check_device(name):
     try:
         torch.empty(0, device=name)
         torch.Generator(name)
+        if torch.device(name).type == "cuda":  # attention: fused, or not at all (attend_fused)
+            torch.backends.cuda.enable_math_sdp(False)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: no such device here ({one_line(error)})") from None
     return name

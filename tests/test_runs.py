@@ -45,11 +45,11 @@ def in_the_middle(monkeypatch, call, act):
     """Before the given optimizer step (3: the third), `act` is called. The gradients are there."""
     real, calls = learning.take, []
 
-    def take(optimizer):
+    def take(optimizer, **crew):
         calls.append(1)
         if len(calls) == call:
             act()
-        return real(optimizer)
+        return real(optimizer, **crew)
     monkeypatch.setattr(learning, "take", take)
 
 
