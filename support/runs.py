@@ -64,8 +64,8 @@ SETTINGS = [
     ("--dtype", tuple(DTYPES), "float32", "float32",
      "of all models; a trained model keeps float32 weights beside it"),
     ("--lora", positive(int), None, None,
-     "rank of LoRA adapters (arXiv 2106.09685), such as 16: they alone are trained; the reference "
-     "is the same weights with the adapters off"),
+     "rank of LoRA adapters (arXiv 2106.09685), such as 16: they alone are trained, and the model "
+     "with them off is the reference"),
     ("--lora-alpha", positive(float), 32.0, 32.0, "their scale is alpha divided by the rank"),
     ("--lora-targets", [TARGETS], [*TARGETS], [*TARGETS], "the layers of a block that have one"),
     ("--low-memory", bool, False, False,
