@@ -77,9 +77,9 @@ def opponent_plays(game, args, it, keep=lambda it: False):
     # A share is of all new pairs, answered or not: so a run that goes on shares them out as before.
     own = crew.share(range(len(it.pairs))[-len(it.chosen):])
     missing = [i for i in own if not it.pairs[i].rival]
-    batches = opponent_answers(game.player, [it.pairs[i].prompt for i in missing],
-                               args.answer_tokens, game.generator)
-    answered = ([(missing[i], rival) for i, rival in zip(*batch)] for batch in batches)
+    prompts = [it.pairs[i].prompt for i in missing]
+    batches = opponent_answers(game.player, prompts, args.answer_tokens, game.generator)
+    answered = ([(missing[i], ids) for i, ids in zip(*batch)] for batch in batches)
     with machine.resident(game.player):
         with console.progress("the opponent answers", left) as bar:
             # A batch of each process in each round. One that is through adds nothing to it.
@@ -155,8 +155,8 @@ def sft_gradients(player, pairs, args, crew=machine.Crew()):
     Returns {"loss", "logprob_answer"}. Several processes: as in spin_gradients.
     """
     tokens, total = sum(len(p.answer) for p in pairs), 0.0
-    replies = [[p.answer] for p in pairs]
-    for packed, active in shared_packs(player, pairs, replies, args.micro_batch, crew):
+    rows = [(p.prompt, [p.answer]) for p in pairs]
+    for packed, active in shared_packs(player, rows, args.micro_batch, crew):
         loss = active * -logprobs(player, packed).sum() / tokens
         (crew.size * loss).backward()
         total += loss.item()
@@ -244,17 +244,16 @@ def opponent_answers(opponent, prompts, limit, generator):
         yield part, [ids for ids, in found]
 
 
-def shared_packs(model, pairs, replies, micro_batch, crew):
-    """Micro-batches of this process's share of Pairs, each as (Packed, does it count?).
+def shared_packs(model, rows, micro_batch, crew):
+    """Micro-batches of this process's share of rows (prompt, replies): (Packed, does it count?).
 
-    replies: what is scored of each pair, lists of lists of ids; a pair's lie in one row.
-    All processes get equally many (see Crew.in_step). One without a share repeats the first pair.
+    All processes get equally many (Crew.in_step). One without a share repeats the first row.
     """
-    share, replies = crew.share(pairs) or pairs[:1], crew.share(replies) or replies[:1]
-    packs = pack([pair.prompt for pair in share], replies, micro_batch,
-                 model.embed.weight.device, whole=True)
+    share = crew.share(rows)
+    prompts, replies = ([row[i] for row in share or rows[:1]] for i in (0, 1))
+    packs = pack(prompts, replies, micro_batch, model.embed.weight.device, whole=True)
     for packed, active in crew.in_step(packs):
-        yield packed, active and bool(crew.share(pairs))
+        yield packed, active and bool(share)
 
 
 def pair_logprobs(model, pairs, micro_batch, crew=machine.Crew()):
@@ -265,12 +264,12 @@ def pair_logprobs(model, pairs, micro_batch, crew=machine.Crew()):
     Of several processes, each gets its share, and counts the pairs within that. While the others
     still work, it gets [0, 2], with a gradient that adds nothing.
     """
-    replies = [[pair.answer, pair.rival] for pair in pairs]
-    for packed, active in shared_packs(model, pairs, replies, micro_batch, crew):
+    rows = [(pair.prompt, [pair.answer, pair.rival]) for pair in pairs]
+    for packed, active in shared_packs(model, rows, micro_batch, crew):
         lp = logprobs(model, packed)
         total = torch.zeros(2 * len(pairs), device=lp.device).index_add(0, packed.owner, lp)
-        here = (packed.owner // 2).unique()  # whole groups: no pair lies in two micro-batches
-        here = here if active else here[:0]
+        # Whole groups: no pair lies in two micro-batches.
+        here = (packed.owner // 2).unique()[:None if active else 0]
         yield here, total.view(-1, 2)[here]
 
 
@@ -279,11 +278,15 @@ PART = 64  # so many pairs of each process at a time: then a run can stop
 
 @torch.no_grad()
 def all_logprobs(model, pairs, micro_batch, crew=machine.Crew()):
-    """log p(y|x) and log p(y'|x) of all pairs, [M, 2]. Of p_t: once an iteration, and kept."""
-    out = torch.zeros(len(crew.share(pairs)), 2)
+    """log p(y|x) and log p(y'|x) of all pairs, [M, 2]. Of p_t: once an iteration, and kept.
+
+    A model that is shared out must be machine.resident: else it would stay gathered in part, and an
+    optimizer made then would hold weights that get no gradient.
+    """
+    out = torch.zeros(len(crew.share(pairs)), 2, device=model.embed.weight.device)
     for here, lp in pair_logprobs(model, pairs, micro_batch, crew):
-        out[here.cpu()] = lp.cpu()
-    return crew.merged(out).to(model.embed.weight.device)
+        out[here] = lp
+    return crew.merged(out.cpu()).to(out.device)
 
 
 def rmsprop(player):
@@ -526,7 +529,8 @@ def show_pair(game, args, it):
     for i in range(len(it.pairs) - len(it.chosen), len(it.pairs)):
         pair = it.pairs[i]
         if pair.answer != pair.rival:
-            lp = all_logprobs(game.player, [pair], args.micro_batch, game.crew)  # [1, 2]
+            with machine.resident(game.player):
+                lp = all_logprobs(game.player, [pair], args.micro_batch)  # [1, 2]
             margin = spin_margin(lp, it.ref[i][None], of_iteration(args.lam, it.number)).item()
             prompt = game.data[it.chosen[i - len(it.pairs)]].query
             print(record.pair_text(prompt, pair, lp[0], it.ref[i], margin, game.tokenizer.decode))
