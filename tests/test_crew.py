@@ -73,8 +73,8 @@ def updates(crew, aggregate):
         torch.save(figures | {"norm": step.norm}, folder + "/figures.pt")
 
 
-# In each epoch there is a batch of five pairs, and one of two. In some pairs both answers are equal,
-# so a batch may have fewer different ones than there are processes.
+# In each epoch there is a batch of five pairs, and one of two. In some pairs both answers are
+# equal, so a batch may have fewer different ones than there are processes.
 data = spin.language_data(7)
 known = [tokenizer.reply(row.messages, row.answer, tiny.end_ids) for row in data]
 pairs = [spin.Pair(tokenizer.chat(row.messages), known[i], known[i - (i not in (1, 4, 5))])
@@ -174,7 +174,7 @@ import model as llama, spin
 from support import learning, machine, report
 
 report.picture = lambda runs, path: False
-llama.ROOM = 100  # a few prompts at a time, and not equally many in each process
+llama.ROOM = 90  # one or two prompts at a time: the processes do not come equally far
 crew, _ = machine.join("cpu")
 machine.leave = lambda crew: dist.barrier()
 calls, answers, take, said = Counter(), spin.opponent_answers, learning.take, sys.stdout
@@ -195,7 +195,8 @@ def counted_answers(*args):
     for batch in answers(*args):
         count("batch")
         yield batch
-    print(f"process {crew.rank} answered in {calls['batch']} batches", file=said, flush=True)
+    seed = args[-1].initial_seed()
+    print(f"process {crew.rank}: {calls['batch']} batches, seed {seed}", file=said, flush=True)
 
 
 def counted_take(optimizer):
@@ -424,12 +425,13 @@ def test_spin_by_two_is_stopped_and_goes_on_to_the_same_bits(jobs):
     folder, process = jobs["pairs"]
     out, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "stopped in iteration 0, while the opponent answered" in out
+    assert "stopped in iteration 0, while the opponent answered: 5 of 13 answers are kept" in out
     assert "on from update 0 of runs/cut" in out and "on from update 5 of runs/cut" in out
     assert "stopped in iteration 1; the player as it is" in out
-    first, second = (re.findall(rf"process {rank} answered in (\d+) batches", out)
+    first, second = (re.findall(rf"process {rank}: (\d+) batches, seed (\d+)", out)
                      for rank in (0, 1))
-    assert first != second
+    assert first[0][1] == "0" != second[0][1]  # each has its own random numbers
+    assert [batches for batches, _ in first] != [batches for batches, _ in second]
 
     def left(name, iterations=(0, 1)):
         run = folder / "runs" / name

@@ -660,32 +660,33 @@ def test_a_run_that_is_stopped_between_two_iterations_goes_on_to_the_same_bits(t
 
     Then the checkpoint is of the next iteration, before its first update and with a new optimizer.
     """
-    flags, real = [*SHORT, "--iterations", "2", "--lr", "3e-4", "2e-4"], spin.add_score
+    flags, real = [*SHORT, "--iterations", "3", "--lr", "3e-4", "2e-4"], spin.add_score
 
     def stopped(game, args, rates, name):
         real(game, args, rates, name)
-        if name == "iteration 0":
+        if name == "iteration 1":
             signal.raise_signal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spin, "add_score", stopped)
         done = run(tmp_path, *flags, "--run", "cut")
-    assert done.returncode == 0 and "stopped after iteration 0: " in done.stdout, done.stderr
+    assert done.returncode == 0 and "stopped after iteration 1: " in done.stdout, done.stderr
     cut, whole = tmp_path / "runs" / "cut", tmp_path / "runs" / "whole"
-    assert "iteration-0" in names(cut) and "iteration-0-unfinished" not in names(cut)
+    assert "iteration-1" in names(cut) and "iteration-1-unfinished" not in names(cut)
     facts, tensors = learning.read_state(cut / runs.CHECKPOINT)
-    assert (facts["iteration"], facts["done"], facts["update"]) == (1, 3, 0)
-    assert tensors["lengths"].tolist()[40:] == [0] * 40  # of 40 old pairs and 40 new ones
+    assert (facts["iteration"], facts["done"], facts["update"]) == (2, 8, 0)
+    answered = (tensors["lengths"] > 0).tolist()
+    assert answered == 40 * [True] + 40 * [False]  # iteration 1's own pairs, and the new ones
     assert not [name for name in tensors if name.startswith("optimizer.")]
     done = command(spin, tmp_path, "--resume", "runs/cut")
-    assert done.returncode == 0 and "on from update 3 of runs/cut" in done.stdout, done.stderr
+    assert done.returncode == 0 and "on from update 8 of runs/cut" in done.stdout, done.stderr
     assert run(tmp_path, *flags, "--run", "whole").returncode == 0
 
     def left(folder):
         rows = [{**row, "seconds": 0} for row in read_lines(folder / "metrics.jsonl")]
-        weights = [folder / f"iteration-{t}" / "model.safetensors" for t in (0, 1)]
+        weights = [folder / f"iteration-{t}" / "model.safetensors" for t in range(3)]
         files = [*weights, folder / "games.jsonl", folder / "evaluation.json"]
         return rows, [file.read_bytes() for file in files]
-    assert len(left(whole)[0]) == 3 + 5
+    assert len(left(whole)[0]) == 3 + 5 + 5
     assert left(cut) == left(whole)
 
 
