@@ -5,6 +5,7 @@ own of an iteration ago.
     python spin.py --game sft                          baseline: fine-tuning on the same answers
     python spin.py --iterations 1 --epochs 14          baseline: one opponent, about as many updates
     python spin.py --model FOLDER --data FILE.jsonl    your Llama, your people
+    torchrun --nproc-per-node 8 -- spin.py ..          the same, played by eight processes
 
 ("Embedded": a tiny trained model comes with this repository, in tiny/, with a toy language.)
 Iteration t has prompts x, people's answers y, and the opponent p_t. The opponent is the player p as
@@ -72,23 +73,28 @@ def opponent_plays(game, args, it, keep=lambda it: False):
     it: the iteration, with no rivals yet, or only some. keep(it): asked after each batch, with what
     there is; if it says True, the run is to stop, and `it` comes back unfinished: its ref is None.
     """
-    missing = [i for i, pair in enumerate(it.pairs) if not pair.rival]
+    crew, ref, left = game.crew, [], sum(not pair.rival for pair in it.pairs)
+    # A share is of all new pairs, answered or not: so a run that goes on shares them out as before.
+    own = crew.share(range(len(it.pairs))[-len(it.chosen):])
+    missing = [i for i in own if not it.pairs[i].rival]
     prompts = [it.pairs[i].prompt for i in missing]
-    with console.progress("the opponent answers", len(missing)) as bar:
-        for part, rivals in opponent_answers(game.player, prompts, args.answer_tokens,
-                                             game.generator):
-            for i, rival in zip(part, rivals):
-                it.pairs[missing[i]] = it.pairs[missing[i]]._replace(rival=rival)
-            bar.update(len(part))
-            if keep(it):
-                return it
-    ref = []
-    with console.progress("their log p_t", len(it.pairs)) as bar:
-        for part in groups(it.pairs, PART):
-            ref.append(all_logprobs(game.player, part, args.micro_batch))
-            bar.update(len(part))
-            if keep(it):
-                return it
+    batches = opponent_answers(game.player, prompts, args.answer_tokens, game.generator)
+    answered = ([(missing[i], ids) for i, ids in zip(*batch)] for batch in batches)
+    with machine.resident(game.player):
+        with console.progress("the opponent answers", left) as bar:
+            # A batch of each process in each round. One that is through adds nothing to it.
+            while found := crew.merged(next(answered, [])):
+                for i, rival in found:
+                    it.pairs[i] = it.pairs[i]._replace(rival=rival)
+                bar.update(len(found))
+                if keep(it):
+                    return it
+        with console.progress("their log p_t", len(it.pairs)) as bar:
+            for part in groups(it.pairs, PART * crew.size):
+                ref.append(all_logprobs(game.player, part, args.micro_batch, crew))
+                bar.update(len(part))
+                if keep(it):
+                    return it
     return it._replace(ref=torch.cat(ref))  # [M, 2]
 
 
@@ -107,14 +113,14 @@ def player_trains(game, args, it, optimizer, skip=0):
         rise, fall = (i + 1) / (0.1 * len(batches)), (len(batches) - i) / (0.9 * len(batches))
         learning.set_rate(optimizer, lr * min(rise, fall, 1.0))
         if args.game == "spin":
-            row = spin_gradients(game.player, pairs, it.ref[batch], lam, args)
+            row = spin_gradients(game.player, pairs, it.ref[batch], lam, args, game.crew)
         else:
-            row = sft_gradients(game.player, pairs, args)
-        row["gradient_norm"] = learning.take(optimizer)
+            row = sft_gradients(game.player, pairs, args, game.crew)
+        row["gradient_norm"] = learning.take(optimizer, crew=game.crew)
         yield row | {"seconds": time.perf_counter() - began}
 
 
-def spin_gradients(player, pairs, ref, lam, args):
+def spin_gradients(player, pairs, ref, lam, args, crew=machine.Crew()):
     """Add the gradient of the mean loss over a batch of pairs; ref [n, 2]. Returns its figures.
 
     {"loss", "margin", "accuracy", "logprob_answer", "logprob_rival"}. accuracy: the share of pairs
@@ -122,17 +128,20 @@ def spin_gradients(player, pairs, ref, lam, args):
     answer and rival are the same, the margin is 0 whatever the player does. Such a pair counts in
     the loss, as a constant, and is not computed. The other figures are means over the rest, and
     there are none where no pair is left.
+    Of several processes, each computes its share of the rest. backward() averages their gradients
+    (machine.shard): times the number of processes, that is the sum over all shares.
     """
     different = [i for i, pair in enumerate(pairs) if pair.answer != pair.rival]
     constant = (len(pairs) - len(different)) * LOSS[args.loss](torch.zeros(())).item()
-    total = torch.tensor([constant, 0.0, 0.0, 0.0, 0.0])
-    ref = ref[different]
-    for here, lp in pair_logprobs(player, [pairs[i] for i in different], args.micro_batch):
+    total = torch.tensor([constant / crew.size, 0.0, 0.0, 0.0, 0.0])
+    ref = crew.share(ref[different])
+    for here, lp in pair_logprobs(player, [pairs[i] for i in different], args.micro_batch, crew):
         loss = spin_loss(lp, ref[here], lam, args.loss).sum()
-        (loss / len(pairs)).backward()
+        (crew.size * loss / len(pairs)).backward()
         margin = spin_margin(lp.detach(), ref[here], lam)  # [n]
         figures = [loss.detach(), margin.sum(), (margin > 0).sum(), *lp.detach().sum(0)]
         total += torch.stack(figures).cpu()
+    total = sum(crew.all(total))
     if not different:
         return {"loss": total[0].item() / len(pairs)}
     mean = total / torch.tensor([len(pairs)] + 4 * [len(different)])
@@ -140,18 +149,18 @@ def spin_gradients(player, pairs, ref, lam, args):
     return dict(zip(names, mean.tolist()))
 
 
-def sft_gradients(player, pairs, args):
+def sft_gradients(player, pairs, args, crew=machine.Crew()):
     """The baseline: the gradient of fine-tuning on the answers, a mean over their tokens.
 
-    Returns {"loss", "logprob_answer"}.
+    Returns {"loss", "logprob_answer"}. Several processes: as in spin_gradients.
     """
-    device = player.embed.weight.device
-    packs = pack([p.prompt for p in pairs], [[p.answer] for p in pairs], args.micro_batch, device)
     tokens, total = sum(len(p.answer) for p in pairs), 0.0
-    for packed in packs:
-        loss = -logprobs(player, packed).sum() / tokens
-        loss.backward()
+    rows = [(p.prompt, [p.answer]) for p in pairs]
+    for packed, active in shared_packs(player, rows, args.micro_batch, crew):
+        loss = active * -logprobs(player, packed).sum() / tokens
+        (crew.size * loss).backward()
         total += loss.item()
+    total = sum(crew.all(total))
     return {"loss": total, "logprob_answer": -total * tokens / len(pairs)}
 
 
@@ -174,6 +183,7 @@ class Game(NamedTuple):
     rng: random.Random  # the order of the pairs
     start: int  # fingerprint of the starting model and the data
     held: list  # (prompt, people's answer) of held-out rows, as ids
+    crew: machine.Crew  # the processes that play together; mostly one alone
 
 
 class Iteration(NamedTuple):
@@ -234,31 +244,49 @@ def opponent_answers(opponent, prompts, limit, generator):
         yield part, [ids for ids, in found]
 
 
-def pair_logprobs(model, pairs, micro_batch):
+def shared_packs(model, rows, micro_batch, crew):
+    """Micro-batches of this process's share of rows (prompt, replies): (Packed, does it count?).
+
+    All processes get equally many (Crew.in_step). One without a share repeats the first row.
+    """
+    share = crew.share(rows)
+    prompts, replies = ([row[i] for row in share or rows[:1]] for i in (0, 1))
+    packs = pack(prompts, replies, micro_batch, model.embed.weight.device, whole=True)
+    for packed, active in crew.in_step(packs):
+        yield packed, active and bool(share)
+
+
+def pair_logprobs(model, pairs, micro_batch, crew=machine.Crew()):
     """For each micro-batch of Pairs: (which pairs, [n, 2]: log p(y|x) and log p(y'|x)).
 
     They have a gradient, unless under no_grad. A prompt is computed once for both replies. A text's
     log-probability is the sum over its tokens, its end token included.
+    Of several processes, each gets its share, and counts the pairs within that. While the others
+    still work, it gets [0, 2], with a gradient that adds nothing.
     """
-    device = model.embed.weight.device
-    prompts, replies = [p.prompt for p in pairs], [[p.answer, p.rival] for p in pairs]
-    for packed in pack(prompts, replies, micro_batch, device, whole=True):
-        total = torch.zeros(2 * len(pairs), device=device)
-        total = total.index_add(0, packed.owner, logprobs(model, packed))
-        here = (packed.owner // 2).unique()  # whole groups: no pair lies in two micro-batches
+    rows = [(pair.prompt, [pair.answer, pair.rival]) for pair in pairs]
+    for packed, active in shared_packs(model, rows, micro_batch, crew):
+        lp = logprobs(model, packed)
+        total = torch.zeros(2 * len(pairs), device=lp.device).index_add(0, packed.owner, lp)
+        # Whole groups: no pair lies in two micro-batches.
+        here = (packed.owner // 2).unique()[:None if active else 0]
         yield here, total.view(-1, 2)[here]
 
 
-PART = 64  # so many pairs at a time: then a run can stop
+PART = 64  # so many pairs of each process at a time: then a run can stop
 
 
 @torch.no_grad()
-def all_logprobs(model, pairs, micro_batch):
-    """log p(y|x) and log p(y'|x) of all pairs, [M, 2]. Of p_t: once an iteration, and kept."""
-    out = torch.zeros(len(pairs), 2, device=model.embed.weight.device)
-    for here, lp in pair_logprobs(model, pairs, micro_batch):
+def all_logprobs(model, pairs, micro_batch, crew=machine.Crew()):
+    """log p(y|x) and log p(y'|x) of all pairs, [M, 2]. Of p_t: once an iteration, and kept.
+
+    A model that is shared out must be machine.resident: else it would stay gathered in part, and an
+    optimizer made then would hold weights that get no gradient.
+    """
+    out = torch.zeros(len(crew.share(pairs)), 2, device=model.embed.weight.device)
+    for here, lp in pair_logprobs(model, pairs, micro_batch, crew):
         out[here] = lp
-    return out
+    return crew.merged(out.cpu()).to(out.device)
 
 
 def rmsprop(player):
@@ -348,17 +376,21 @@ def parse_args(argv=None):
 
 def set_up(args):
     """The Game of these settings: model loaded, data encoded, nothing played. Raises UserError."""
-    machine.check_device(args.device)
+    crew, device = machine.join(args.device)
     rows, held = data.read_both(args)
     rows = rows or language_data(args.pairs * args.iterations)
     (config, count), dtype = read_config(args.model), machine.DTYPES[args.dtype]
-    plan = machine.memory_plan(config, dtype, count, optimizer_floats=1, rows=1, positions=ROOM,
-                               tokens=args.micro_batch, recompute=args.low_memory)
-    machine.check_memory(plan, args.device)
     trained = config.adapter_size(args.lora, args.lora_targets) if args.lora else count
+    plan = machine.memory_plan(config, dtype, count, optimizer_floats=1, rows=crew.size,
+                               positions=ROOM, tokens=args.micro_batch, recompute=args.low_memory,
+                               processes=crew.size)
+    machine.check_memory(plan, device, processes=crew.size)
     runs.check_disk(args, count, trained, optimizer_floats=1, models=args.iterations + 1)
     variables = console.assignments(args.template_args)
-    player, tokenizer = load(args.model, args.device, dtype, args.date, variables)
+    # Several processes share the weights out, and each begins with all of them on the CPU. (With
+    # LoRA each has the whole frozen model.)
+    where = (device, dtype) if crew.size == 1 or args.lora else ("cpu", torch.float32)
+    player, tokenizer = load(args.model, *where, args.date, variables)
     player.recompute = args.low_memory
     for remark in tokenizer.remarks:
         console.note(remark)
@@ -372,12 +404,16 @@ def set_up(args):
     rows = [row for row, _ in found]
     prompts = [prompt for _, (prompt, _) in found]
     answers, cut = cut_answers([reply for _, (_, reply) in found], args.answer_tokens)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    # All have the same pairs in the same order, and no two answer with the same random numbers.
+    own = random.Random(f"{args.seed} {crew.rank}").getrandbits(32) if crew.rank else args.seed
+    generator = torch.Generator(device).manual_seed(own)
     start = learning.fingerprint(player, rows + [row for row, _ in held])
     if args.lora:
         adapt(player, args.lora, args.lora_alpha, args.lora_targets, args.seed)
+    elif crew.size > 1:
+        machine.shard(player, device, dtype)
     return Game(player, tokenizer, rows, prompts, answers, cut, generator, rng, start,
-                [ids for _, ids in held][:args.eval_items])
+                [ids for _, ids in held][:args.eval_items], crew)
 
 
 def new_iteration(game, args, t, last, before):
@@ -418,7 +454,7 @@ def go_on(run, game, args, optimizer):
     both = (chosen_data(game.data, args.pairs, t - 1) if t else []) + chosen
     rivals = tensors["rivals"].split(tensors["lengths"].tolist())  # of length 0: not yet answered
     pairs = [Pair(game.prompts[i], game.answers[i], y.tolist()) for i, y in zip(both, rivals)]
-    ref = tensors["ref"].to(args.device) if "ref" in tensors else None
+    ref = tensors["ref"].to(game.generator.device) if "ref" in tensors else None
     rates = {name: {key.rpartition(".")[2]: value for key, value in tensors.items()
                     if key.startswith(f"rate.{name}.")} for name in run.facts["rates"]}
     it = Iteration(t, before, game.rng.getstate(), chosen, pairs, ref)
@@ -432,10 +468,11 @@ def play_iteration(run, game, args, it, optimizer, update, rates, began, stop):
     Returns how many updates it has then. Raises UserError where a gradient is not finite.
     """
     spent, updates = time.perf_counter() - began, update_count(it, args)
-    bar = tqdm(total=updates, initial=update, unit="update", disable=None, dynamic_ncols=True)
+    bar = tqdm(total=updates, initial=update, unit="update",
+               disable=True if game.crew.rank else None, dynamic_ncols=True)
     with bar:
         training = player_trains(game, args, it, optimizer, update)
-        while update < updates and not stop:
+        while update < updates and not any(game.crew.all(bool(stop))):
             row = next(training)
             if not math.isfinite(row["gradient_norm"]):
                 raise console.UserError(
@@ -472,14 +509,16 @@ def own_pairs(it):
 def add_score(game, args, rates, name):
     """Score the player by this name: right answers, or log p of people's held-out answers."""
     if game.held:
-        rates[name] = {"people": people_logprobs(game.player, game.held, args.micro_batch)}
+        with machine.resident(game.player):
+            rates[name] = {"people": people_logprobs(game.player, game.held, args.micro_batch)}
         mean = rates[name]["people"].mean()
         print(f"log p of people's held-out answers, of {name}: {mean:.4f} nats a token "
               f"(n={len(game.held)})", flush=True)
     elif not args.data:
         queries = language.evaluation_set(args.eval_items)
         seed = 1000 * args.seed + len(rates)
-        rates[name] = evaluate.rate(game.player, game.tokenizer, queries, seed)
+        with machine.resident(game.player):
+            rates[name] = evaluate.rate(game.player, game.tokenizer, queries, seed)
         print(f"right answers of {name}: {evaluate.short(rates[name])}", flush=True)
 
 
@@ -498,7 +537,8 @@ def show_pair(game, args, it):
     for i in range(len(it.pairs) - len(it.chosen), len(it.pairs)):
         pair = it.pairs[i]
         if pair.answer != pair.rival:
-            lp = all_logprobs(game.player, [pair], args.micro_batch)  # [1, 2]
+            with machine.resident(game.player):
+                lp = all_logprobs(game.player, [pair], args.micro_batch)  # [1, 2]
             margin = spin_margin(lp, it.ref[i][None], of_iteration(args.lam, it.number)).item()
             prompt = game.data[it.chosen[i - len(it.pairs)]].query
             print(record.pair_text(prompt, pair, lp[0], it.ref[i], margin, game.tokenizer.decode))
@@ -511,8 +551,9 @@ def opponents_turn(run, game, args, it, optimizer, rates, stop):
     Returns the Iteration, unfinished where it was stopped.
     """
     def keep(it):
-        asked = bool(stop)  # once: a signal may come between two looks
-        if asked or run.late():
+        # One look, of all processes together: a signal may come between two looks.
+        asked, late = map(any, zip(*game.crew.all((bool(stop), run.late()))))
+        if asked or late:
             checkpoint(run, game, it, optimizer, 0, rates)
         return asked
     it = opponent_plays(game, args, it, keep)
@@ -560,10 +601,11 @@ def announce(run, game, args):
 def main(argv=None):
     """Play: the opponent answers, the player trains, and is the next opponent."""
     args = parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise console.UserError("this game is for one process: start it without torchrun")
     game = set_up(args)
-    with runs.open_run(args, game.start, iteration=0, done=0, update=0) as run:
+    crew = game.crew
+    if crew.rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the first process speaks for all
+    with runs.open_run(args, game.start, crew, iteration=0, done=0, update=0) as run:
         announce(run, game, args)
         first = made = run.facts["done"] + run.facts["update"]
         rates, last, finished, began = {}, [], False, time.perf_counter()
@@ -598,13 +640,14 @@ def main(argv=None):
                           f"python spin.py --resume {run.folder} goes on")
                     break
                 save(game.player, run.folder / f"iteration-{t}")
-                print(record.change_line(run.folder, t))
+                if not crew.rank:
+                    shutil.rmtree(unfinished, ignore_errors=True)  # of a stop before
+                    print(record.change_line(run.folder, t))
                 if args.game == "spin":
                     show_pair(game, args, it)
                 add_score(game, args, rates, f"iteration {t}")
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a stop before
                 finished = t == args.iterations - 1
-                if stop and not finished:
+                if not finished and any(crew.all(bool(stop))):
                     after = new_iteration(game, args, t + 1, last, made)
                     checkpoint(run, game, after, rmsprop(game.player), 0, rates)
                     print(f"stopped after iteration {t}: "
@@ -613,6 +656,9 @@ def main(argv=None):
         minutes = (time.perf_counter() - began) / 60
         print(f"\n{made - first} updates in {minutes:.1f} minutes; "
               f"the iterates are in {run.folder}")
+        machine.leave(crew)
+        if crew.rank:
+            return
         if game.held and len(rates) > 1:
             print(evaluate.people_table(rates))
         elif rates:

@@ -32,8 +32,12 @@ def one_line(error):
 
 
 def progress(what, total, unit="answer"):
-    """A bar for what takes longer than two seconds, in a terminal. It is gone at the end."""
-    return tqdm(total=total, desc=what, unit=unit, delay=2, leave=False, disable=None,
+    """A bar for what takes longer than two seconds, in a terminal. It is gone at the end.
+
+    Of several processes the first shows it.
+    """
+    hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: outside a terminal
+    return tqdm(total=total, desc=what, unit=unit, delay=2, leave=False, disable=hidden,
                 dynamic_ncols=True)
 
 

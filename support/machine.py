@@ -1,8 +1,9 @@
 """The machine: devices, several processes that share one model (FSDP2), memory.
 
-Several processes: `torchrun --nproc-per-node 8 -- selfplay.py ..`. Each process plays its share of
-a step's games. Weights, gradients and optimizer state are shared out among them by PyTorch's FSDP2.
-They are gathered once for sampling, and layer by layer in training.
+Several processes: `torchrun --nproc-per-node 8 -- selfplay.py ..`, or spin.py. Each process plays
+its share of a step's games, or of a batch of pairs. Weights, gradients and optimizer state are
+shared out among them by PyTorch's FSDP2. They are gathered once for sampling, and layer by layer in
+training.
 """
 import os
 from contextlib import contextmanager
@@ -40,9 +41,12 @@ class Crew(NamedTuple):
     size: int = 1
 
     def share(self, items):
-        """This process's part of a list or tensor that all processes have, in order of rank."""
-        n = len(items) // self.size
-        return items[self.rank * n:(self.rank + 1) * n]
+        """This process's part of a list or tensor that all processes have, in order of rank.
+
+        Parts differ by one item at the most, so they may be empty.
+        """
+        n = len(items)
+        return items[self.rank * n // self.size:(self.rank + 1) * n // self.size]
 
     def all(self, mine):
         """What every process has, in order of rank: a list of `size` objects."""

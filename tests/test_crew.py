@@ -5,6 +5,7 @@ of them dies.
 """
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,15 +18,17 @@ from conftest import ROOT, command, read_lines
 
 import model as llama
 import selfplay
+import spin
 from support import console, learning, machine, runs
 
-# Two updates on given games, with two ways of adding up: by two processes, by four, and by one
-# alone. All of them are forked from one process, as it takes long to start each by itself. What
-# torchrun would tell them is in the environment. The losses and weights are written to a folder.
+# Two updates on given games, with two ways of adding up, and four on given pairs, in both games of
+# spin.py: by two processes, by four, and by one alone. All of them are forked from one process, as
+# it takes long to start each by itself. What torchrun would tell them is in the environment. The
+# losses and weights are written to a folder.
 UPDATE = """
-import copy, os, sys, traceback
+import copy, json, os, random, sys, traceback
 import torch, torch.distributed as dist, torch.distributed.fsdp
-import model as llama, selfplay
+import model as llama, selfplay, spin
 from support import learning, machine
 
 torch.set_num_threads(1)
@@ -70,13 +73,49 @@ def updates(crew, aggregate):
         torch.save(figures | {"norm": step.norm}, folder + "/figures.pt")
 
 
+# In each epoch there is a batch of five pairs, and one of two. In some pairs both answers are
+# equal, so a batch may have fewer different ones than there are processes.
+data = spin.language_data(7)
+known = [tokenizer.reply(row.messages, row.answer, tiny.end_ids) for row in data]
+pairs = [spin.Pair(tokenizer.chat(row.messages), known[i], known[i - (i not in (1, 4, 5))])
+         for i, row in enumerate(data)]
+
+
+def pair_updates(crew, name):
+    model = copy.deepcopy(tiny)
+    if crew.size > 1:
+        machine.shard(model)
+    own = spin.Game(**dict.fromkeys(spin.Game._fields) | {
+        "player": model, "tokenizer": tokenizer, "data": data, "rng": random.Random(0),
+        "crew": crew})
+    args = spin.parse_args(["--model", sys.argv[1], "--game", name, "--device", "cpu", "--batch",
+                            "5", "--epochs", "2", "--lr", "0.1", "--micro-batch", "96"])
+    with machine.resident(model):
+        ref = spin.all_logprobs(model, pairs, args.micro_batch, crew)
+    it = spin.Iteration(0, 0, None, range(7), pairs, ref)
+    spin.show_pair(own, args, it)  # as at the end of the iteration before
+    optimizer = learning.optimizer_for(model, torch.optim.SGD, lr=0.1)
+    figures = list(spin.player_trains(own, args, it, optimizer))
+    folder = f"{crew.size}-{name}"
+    llama.save(model, folder)
+    if not crew.rank:
+        with open(folder + "/figures.json", "w") as file:
+            json.dump([ref.tolist(), figures], file)
+
+
+def everything(crew):
+    for aggregate in ("sum", "token"):
+        updates(crew, aggregate)
+    for name in ("spin", "sft"):
+        pair_updates(crew, name)
+
+
 def one_of(size, rank, pipe):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": os.read(pipe, 5).decode(), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     try:
         crew, _ = machine.join("cpu")
-        for aggregate in ("sum", "token"):
-            updates(crew, aggregate)
+        everything(crew)
         machine.leave(crew)
         os._exit(0)  # run_command ends one of several processes in this way, too
     except BaseException:
@@ -94,8 +133,7 @@ for size, (pipe, _) in pipes.items():
 for size, (_, pipe) in pipes.items():
     stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     os.write(pipe, size * f"{stores[-1].port:5}".encode())
-for aggregate in ("sum", "token"):
-    updates(machine.Crew(), aggregate)
+everything(machine.Crew())
 sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
@@ -125,6 +163,60 @@ def mine(queries, answers):
     return [[float(len(answer) % 3) for answer in group] for group in answers]
 """
 
+# A run of spin.py, by processes that torchrun started: whole; stopped while the opponent answers;
+# gone on with, and stopped in the middle of an iteration; gone on with to its end. Each time one
+# process alone gets the signal. The processes play all of that, as it takes long to start them.
+PAIRS = """
+import os, shutil, signal, sys
+from collections import Counter
+import torch.distributed as dist
+import model as llama, spin
+from support import learning, machine, report
+
+report.picture = lambda runs, path: False
+llama.ROOM = 90  # one or two prompts at a time: the processes do not come equally far
+crew, _ = machine.join("cpu")
+machine.leave = lambda crew: dist.barrier()
+calls, answers, take, said = Counter(), spin.opponent_answers, learning.take, sys.stdout
+
+
+def join(device):
+    dist.barrier()
+    return crew, device
+
+
+def count(what):
+    calls[what] += 1
+    if due == (crew.rank, what, calls[what]):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def counted_answers(*args):
+    for batch in answers(*args):
+        count("batch")
+        yield batch
+    seed = args[-1].initial_seed()
+    print(f"process {crew.rank}: {calls['batch']} batches, seed {seed}", file=said, flush=True)
+
+
+def counted_take(optimizer):
+    count("update")
+    return take(optimizer)
+
+
+machine.join, learning.take, spin.opponent_answers = join, counted_take, counted_answers
+for due, words in ((None, [*sys.argv[1:], "--run", "whole"]),
+                   ((1, "batch", 2), [*sys.argv[1:], "--run", "cut"]),
+                   ((0, "update", 5), ["--resume", "runs/cut"]),
+                   (None, ["--resume", "runs/cut"])):
+    calls.clear()
+    spin.main(words)
+    if due and due[1] == "update" and not crew.rank:
+        shutil.copytree("runs/cut", "runs/alone")
+sys.stdout.flush()
+os._exit(0)
+"""
+
 FLAGS = ("--model", str(ROOT / "tiny"), "--device", "cpu", "--queries", "4", "--answers", "2",
          "--save-every", "2", "--eval-items", "4", "--query-tokens", "24", "--answer-tokens", "12")
 
@@ -137,10 +229,10 @@ def start(folder, *words, **environment):
                             start_new_session=True)
 
 
-def two(folder, *flags, **environment):
-    """Start selfplay.py with these flags, played by two processes."""
-    return start(folder, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--",
-                 ROOT / "selfplay.py", *flags, **environment)
+def two(folder, *flags, script=ROOT / "selfplay.py", **environment):
+    """Start selfplay.py, or another script, with these flags, played by two processes."""
+    return start(folder, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--", script, *flags,
+                 **environment)
 
 
 class Killed(BaseException):
@@ -163,7 +255,7 @@ def killed_in_step(number, folder, *flags):
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """{name: (folder, process)}: what three of the tests wait for, started at the same time."""
+    """{name: (folder, process)}: what some of the tests wait for, started at the same time."""
     found = {}
 
     def folder_of(name):
@@ -178,6 +270,11 @@ def jobs(tmp_path_factory):
     folder = folder_of("updates")
     (folder / "update.py").write_text(UPDATE)
     found["updates"] = folder, start(folder, "update.py", ROOT / "tiny")
+    folder = folder_of("pairs")
+    (folder / "pairs.py").write_text(PAIRS)
+    found["pairs"] = folder, two(
+        folder, "--model", ROOT / "tiny", "--device", "cpu", "--iterations", 2, "--pairs", 13,
+        "--batch", 5, "--epochs", 1, "--eval-items", 2, "--save-every", 2, script="pairs.py")
     yield found
     for _, process in found.values():
         if process.poll() is None:
@@ -293,6 +390,65 @@ def test_the_same_updates_as_one_process(jobs, tiny):
             theirs = torch.load(folder / f"{processes}-{aggregate}" / "figures.pt")
             assert theirs.pop("norm") == pytest.approx(norm, rel=1e-4)
             assert theirs == pytest.approx(figures, rel=1e-4, abs=1e-6)
+
+
+def test_the_same_updates_on_pairs_as_one_process(jobs, tiny):
+    """Both games of spin.py, by one, by two and by four processes.
+
+    No batch can be shared out evenly, and in some a process has no pair at all.
+    """
+    folder, process = jobs["updates"]
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    for name in ("spin", "sft"):
+        alone, _ = llama.load(folder / f"1-{name}")
+        assert distance(alone, tiny[0]) > 1e-3
+        ref, figures = json.loads((folder / f"1-{name}" / "figures.json").read_text())
+        assert len(figures) == 4 and figures[0]["loss"] != figures[2]["loss"]
+        for processes in (2, 4):
+            model, _ = llama.load(folder / f"{processes}-{name}")
+            assert distance(alone, model) < 1e-5
+            text = (folder / f"{processes}-{name}" / "figures.json").read_text()
+            other_ref, others = json.loads(text)
+            assert torch.allclose(torch.tensor(other_ref), torch.tensor(ref), atol=1e-5)
+            for row, other in zip(figures, others, strict=True):
+                del row["seconds"], other["seconds"]
+                assert other == pytest.approx(row, rel=1e-5, abs=1e-5)
+                row["seconds"] = 0
+
+
+def test_spin_by_two_is_stopped_and_goes_on_to_the_same_bits(jobs):
+    """Stopped while the opponent answers, and in the middle of an iteration.
+
+    Each time one of the processes gets the signal, and both stop. Or one alone plays it to the end.
+    """
+    folder, process = jobs["pairs"]
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "stopped in iteration 0, while the opponent answered: 5 of 13 answers are kept" in out
+    assert "on from update 0 of runs/cut" in out and "on from update 5 of runs/cut" in out
+    assert "stopped in iteration 1; the player as it is" in out
+    first, second = (re.findall(rf"process {rank}: (\d+) batches, seed (\d+)", out)
+                     for rank in (0, 1))
+    assert first[0][1] == "0" != second[0][1]  # each has its own random numbers
+    assert [batches for batches, _ in first] != [batches for batches, _ in second]
+
+    def left(name, iterations=(0, 1)):
+        run = folder / "runs" / name
+        metrics = [{**row, "seconds": 0} for row in read_lines(run / "metrics.jsonl")]
+        weights = [(run / f"iteration-{t}" / "model.safetensors").read_bytes() for t in iterations]
+        return metrics, weights, (run / "games.jsonl").read_bytes()
+    assert len(left("whole")[0]) == 3 + 6
+    assert left("cut") == left("whole")
+    assert not list((folder / "runs" / "cut").glob("checkpoint*"))
+    _, tensors = learning.read_state(folder / "runs" / "alone" / runs.CHECKPOINT)
+    assert len(tensors["generator"]) == 2
+    done = command(spin, folder, "--resume", "runs/alone")
+    assert done.returncode == 0, done.stderr
+    metrics, _, games = left("alone")
+    assert games == left("whole")[2] and metrics[:5] == left("whole")[0][:5]
+    for row, other in zip(metrics, left("whole")[0], strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-3)
 
 
 def test_a_runs_settings_do_not_say_who_played_it(died, jobs):

@@ -73,6 +73,9 @@ def test_shares_are_equal_in_order_and_merge_to_the_whole(others):
     parts = [Crew(rank, 2).share(tensor) for rank in range(2)]
     assert [part.tolist() for part in parts] == [tensor[:3].tolist(), tensor[3:].tolist()]
     assert joined(parts).tolist() == tensor.tolist()
+    uneven = [Crew(rank, 4).share([*"abcdef"]) for rank in range(4)]
+    assert sorted(map(len, uneven)) == [1, 1, 2, 2] and joined(uneven) == items
+    assert sorted(len(Crew(rank, 4).share(tensor[:2])) for rank in range(4)) == [0, 0, 1, 1]
     alone = Crew()
     assert alone.share(items) == items and alone.merged(items) == items
     assert alone.all("mine") == ["mine"]

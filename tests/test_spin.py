@@ -32,7 +32,7 @@ from spin import (
     spin_loss,
     spin_margin,
 )
-from support import data, runs
+from support import data, learning, machine, runs
 from support.console import UserError
 from support.text import Tokenizer
 from tiny import language
@@ -250,7 +250,8 @@ def test_loss_equals_trl(tiny, pairs, tmp_path, monkeypatch):
 
 def game_of(player):
     """A Game of this player, as far as its training needs one."""
-    return Game(**dict.fromkeys(Game._fields) | {"player": player, "rng": random.Random(0)})
+    return Game(**dict.fromkeys(Game._fields) | {"player": player, "rng": random.Random(0),
+                                                 "crew": machine.Crew()})
 
 
 def test_training_widens_the_margin(tiny, pairs):
@@ -281,7 +282,7 @@ def test_the_learning_rate_rises_and_falls_in_each_iteration(tiny, pairs, monkey
     """
     args, used, batches = changed(epochs=10, lr=[1.0, 0.5], lam=[1.0, 3.0]), [], []
 
-    def gradients(player, pairs, ref, lam, args):
+    def gradients(player, pairs, ref, lam, args, crew):
         batches.append((pairs, lam))
         return {}
     monkeypatch.setattr(spin, "spin_gradients", gradients)
@@ -654,12 +655,39 @@ def test_a_gradient_that_is_not_finite_stops_the_run_in_one_line(played, monkeyp
     assert torch.equal(weight, before) and not torch.equal(before, at_first)
 
 
-def test_several_processes_are_refused(played, monkeypatch):
-    folder, _ = played
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    done = run(folder, *SHORT, "--run", "two")
-    assert done.returncode == 2 and "without torchrun" in done.stderr
-    assert not (folder / "runs" / "two").exists()
+def test_a_run_that_is_stopped_between_two_iterations_goes_on_to_the_same_bits(tmp_path):
+    """The signal comes after the last update of an iteration.
+
+    Then the checkpoint is of the next iteration, before its first update and with a new optimizer.
+    """
+    flags, real = [*SHORT, "--iterations", "3", "--lr", "3e-4", "2e-4"], spin.add_score
+
+    def stopped(game, args, rates, name):
+        real(game, args, rates, name)
+        if name == "iteration 1":
+            signal.raise_signal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spin, "add_score", stopped)
+        done = run(tmp_path, *flags, "--run", "cut")
+    assert done.returncode == 0 and "stopped after iteration 1: " in done.stdout, done.stderr
+    cut, whole = tmp_path / "runs" / "cut", tmp_path / "runs" / "whole"
+    assert "iteration-1" in names(cut) and "iteration-1-unfinished" not in names(cut)
+    facts, tensors = learning.read_state(cut / runs.CHECKPOINT)
+    assert (facts["iteration"], facts["done"], facts["update"]) == (2, 8, 0)
+    answered = (tensors["lengths"] > 0).tolist()
+    assert answered == 40 * [True] + 40 * [False]  # iteration 1's own pairs, and the new ones
+    assert not [name for name in tensors if name.startswith("optimizer.")]
+    done = command(spin, tmp_path, "--resume", "runs/cut")
+    assert done.returncode == 0 and "on from update 8 of runs/cut" in done.stdout, done.stderr
+    assert run(tmp_path, *flags, "--run", "whole").returncode == 0
+
+    def left(folder):
+        rows = [{**row, "seconds": 0} for row in read_lines(folder / "metrics.jsonl")]
+        weights = [folder / f"iteration-{t}" / "model.safetensors" for t in range(3)]
+        files = [*weights, folder / "games.jsonl", folder / "evaluation.json"]
+        return rows, [file.read_bytes() for file in files]
+    assert len(left(whole)[0]) == 3 + 5 + 5
+    assert left(cut) == left(whole)
 
 
 def test_sft_and_a_file_of_data(played):
