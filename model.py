@@ -249,6 +249,13 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
     device, ends = model.embed.weight.device, set(model.end_ids if end_ids is None else end_ids)
     N, M, P = len(prompts), len(prompts) * group, max(map(len, prompts))  # P: longest prompt
 
+    # Who goes on, and in which node, is counted in Python. So the CPU waits for the device once a
+    # token, for the sampled ids. What it then tells the device goes there while that is idle.
+    alive = list(range(M))  # the completions that still go on, A of them
+    node_of = [i // group for i in alive]  # the node of each
+    row = torch.tensor(node_of, device=device)  # [A]: the same
+    out, owner, chosen = [[] for _ in range(M)], [], []  # ids; who sampled each, log-probability
+
     # Prompts are padded on the left, so that all nodes append at the same place.
     pad = [P - len(p) for p in prompts]
     ids = torch.tensor([[0] * k + p for k, p in zip(pad, prompts)], device=device)  # [N, P]
@@ -263,12 +270,6 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
     x = model(ids, position, mask, cache)[:, -1]  # [B, D]: B nodes, at first the N prompts
     position = position[:, -1]  # [B]
 
-    # Who goes on, and in which node, is counted in Python. So the CPU waits for the device once a
-    # token, for the sampled ids. What it then tells the device goes there while that is idle.
-    out, owner, chosen = [[] for _ in range(M)], [], []  # ids; who sampled each, log-probability
-    alive = list(range(M))  # the completions that still go on, A of them
-    node_of = [i // group for i in alive]  # the node of each
-    row = torch.tensor(node_of, device=device)  # [A]: the same
     for t in range(max_new_tokens):
         logits = F.linear(x, model.head).float()  # [B, vocab]
         lp = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
@@ -351,7 +352,7 @@ class Packed(NamedTuple):
         ids        p q a b c      source  1 2 3   1 4        may look at   p q a b c
         positions  0 1 2 3 2      target  a b e   c e                  p   x
         segment    0 0 1 1 2      owner   0 0 0   1 1                  q   x x
-                                                                       a   x x x
+                                  here    0 1                          a   x x x
                                                                        b   x x x x
                                                                        c   x x     x
     """
@@ -361,6 +362,7 @@ class Packed(NamedTuple):
     source: torch.Tensor  # [n]: index into the B * T positions, of the state that predicts it
     target: torch.Tensor  # [n]: the tokens of all completions
     owner: torch.Tensor  # [n]: whose token, counted over all prompts' completions in order
+    here: torch.Tensor  # [u]: the different owners in ascending order
 
 
 def pack(prompts, completions, tokens=512, device="cpu", whole=False):
@@ -382,7 +384,7 @@ def pack(prompts, completions, tokens=512, device="cpu", whole=False):
             room = max(tokens // 2, len(prompt) + len(completion) - 1)
             full = row is not None and len(row.ids) + len(completion) - 1 > room
             if row is None or (full and not whole):  # a new row: a Packed of lists, not tensors yet
-                row = Packed([*prompt], [*range(len(prompt))], [0] * len(prompt), [], [], [])
+                row = Packed([*prompt], [*range(len(prompt))], [0] * len(prompt), [], [], [], [])
                 rows.append(row)
             _append(row, len(prompt), completion, owner)
             owner += 1
@@ -420,7 +422,8 @@ def _stack(rows, device):
     source = [[b * T + s for s in row.source] for b, row in enumerate(rows)]
     return Packed(padded([row.ids for row in rows], 0), padded([row.positions for row in rows], 0),
                   padded([row.segment for row in rows], -1), flat(source),
-                  flat([row.target for row in rows]), flat([row.owner for row in rows]))
+                  flat([row.target for row in rows]), flat([row.owner for row in rows]),
+                  flat([sorted({owner for row in rows for owner in row.owner})]))
 
 
 def states(model, packed):

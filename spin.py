@@ -125,16 +125,19 @@ def spin_gradients(player, pairs, ref, lam, args):
     """
     different = [i for i, pair in enumerate(pairs) if pair.answer != pair.rival]
     constant = (len(pairs) - len(different)) * LOSS[args.loss](torch.zeros(())).item()
-    total = torch.tensor([constant, 0.0, 0.0, 0.0, 0.0])
+    found = []  # of each micro-batch, on the device: to read them now would be to wait for it
     ref = ref[different]
     for here, lp in pair_logprobs(player, [pairs[i] for i in different], args.micro_batch):
         loss = spin_loss(lp, ref[here], lam, args.loss).sum()
         (loss / len(pairs)).backward()
         margin = spin_margin(lp.detach(), ref[here], lam)  # [n]
         figures = [loss.detach(), margin.sum(), (margin > 0).sum(), *lp.detach().sum(0)]
-        total += torch.stack(figures).cpu()
+        found.append(torch.stack(figures))
+    total = torch.tensor([constant, 0.0, 0.0, 0.0, 0.0])
     if not different:
         return {"loss": total[0].item() / len(pairs)}
+    for figures in torch.stack(found).cpu():
+        total += figures
     mean = total / torch.tensor([len(pairs)] + 4 * [len(different)])
     names = ("loss", "margin", "accuracy", "logprob_answer", "logprob_rival")
     return dict(zip(names, mean.tolist()))
@@ -147,11 +150,12 @@ def sft_gradients(player, pairs, args):
     """
     device = player.embed.weight.device
     packs = pack([p.prompt for p in pairs], [[p.answer] for p in pairs], args.micro_batch, device)
-    tokens, total = sum(len(p.answer) for p in pairs), 0.0
+    tokens, losses = sum(len(p.answer) for p in pairs), []
     for packed in packs:
         loss = -logprobs(player, packed).sum() / tokens
         loss.backward()
-        total += loss.item()
+        losses.append(loss.detach())
+    total = sum(torch.stack(losses).tolist())
     return {"loss": total, "logprob_answer": -total * tokens / len(pairs)}
 
 
@@ -245,7 +249,7 @@ def pair_logprobs(model, pairs, micro_batch):
     for packed in pack(prompts, replies, micro_batch, device, whole=True):
         total = torch.zeros(2 * len(pairs), device=device)
         total = total.index_add(0, packed.owner, logprobs(model, packed))
-        here = (packed.owner // 2).unique()  # whole groups: no pair lies in two micro-batches
+        here = packed.here[::2] // 2  # whole groups: no pair lies in two micro-batches
         yield here, total.view(-1, 2)[here]
 
 

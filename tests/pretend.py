@@ -40,6 +40,7 @@ WAIT = {"aten::_local_scalar_dense": "item", "aten::nonzero": "nonzero", "aten::
         "aten::_unique2": "unique", "aten::_unique": "unique", "aten::unique_dim": "unique",
         "aten::unique_consecutive": "unique", "aten::masked_select": "boolean index",
         "aten::bincount": "bincount", "aten::repeat_interleave": "repeat_interleave"}
+UPLOADS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)  # of Python's numbers
 COPIES = ("aten::copy_", "aten::_foreach_copy_")  # these may have tensors of two devices
 
 
@@ -68,6 +69,7 @@ class Gpu:
         self.device = torch.device(kind, 0)
         self.here, self.pinned = Marks(), Marks()
         self.waits, self.operations = Counter(), set()
+        self.busy = False  # was something started on it since the last wait?
 
     def plays(self, device):
         """Is this device (a name, a torch.device or None) the pretend one? CUDA has one, 0."""
@@ -90,7 +92,13 @@ class Gpu:
         return tensor
 
     def wait(self, why):
-        """Count a wait, under the function of this project that caused it."""
+        """Count a wait, under the function of this project that caused it.
+
+        An upload waits only if something runs: what is sent to an idle GPU is there at once.
+        """
+        busy, self.busy = self.busy, False
+        if why == "upload" and not busy:
+            return
         frame = sys._getframe(1)
         while frame is not None:
             path = Path(frame.f_code.co_filename)
@@ -147,8 +155,9 @@ class Asked(TorchFunctionMode):
                                    f"'{source.device.type}'")
         device = kwargs.get("device")
         if gpu.plays(device):
-            if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
+            if func in UPLOADS:
                 gpu.wait("upload")
+            gpu.busy |= func not in UPLOADS and "empty" not in func.__name__
             return gpu.put(func(*args, **kwargs | {"device": CPU}))
         if device is not None:  # zeros_like(on_the_gpu, device="cpu"): not where its argument is
             with _off(gpu):
@@ -205,6 +214,7 @@ class Played(TorchDispatchMode):
         if played and not getattr(gpu, "copying", False):
             gpu.operations.add(name)
             self.check(func, name, args, kwargs, tensors)
+            gpu.busy |= not (func.is_view or name in WAIT or "empty" in name)
         before = {t.untyped_storage()._cdata for t in tensors}
         out = func(*args, **kwargs)
         if played and not getattr(gpu, "copying", False):
