@@ -8,7 +8,7 @@
 
 Every tensor really is a CPU tensor. A table says which storages are on the pretend GPU; a result is
 where its arguments are. Two modes of PyTorch see all that happens:
-    Asked   (a TorchFunctionMode): `.device`, `.to`, `device=`, `.tolist()`, ..: what Python asks for
+    Asked   (a TorchFunctionMode): `.device`, `.to`, `device=`, `.tolist()`, ..: what Python asks
     Played  (a TorchDispatchMode): each operation, also in the backward pass and in optimizers
 A mixture of devices is an error, as it would be on a GPU. A wait is counted: there the CPU would
 stop until the GPU had done all its work. That is where a number comes back (`item`, a comparison in
