@@ -12,8 +12,10 @@ Left out: families other than FAMILIES, dropout, quantised weights, top-k and to
 recipes/plain.py samples and scores without any of the savings below. Begin there.
 Shapes: B rows of a batch, T positions, S cached positions, D width, H heads, K key-value heads, C
 head size, vocab words; N prompts, G completions of each, M = N * G completions, n their tokens."""
+import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from support import console, files, machine
+from support import adapters, console, files, machine
+from support.runs import TARGETS
 from support.text import Tokenizer
 
 
@@ -45,8 +48,7 @@ class Block(nn.Module):
         q, k = qk[:, :H], qk[:, H:]  # [B, H, T, C], [B, K, T, C]
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # [B, K, S, C]: all positions so far
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=H != K)
+        y = (attend_fused if x.is_cuda else attend)(q, k, v, mask)  # [B, H, T, C]
         x = x + self.out(y.transpose(1, 2).reshape(B, T, H * C))
         gate, up = self.gate_up(F.rms_norm(x, (D,), self.mlp_norm, self.eps)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
@@ -56,17 +58,75 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
         self.head_dim, self.eps = c.head_dim, c.rms_norm_eps
-        width = self.heads * c.head_dim
-        kv_width = self.kv_heads * c.head_dim
         self.attention_norm = nn.Parameter(torch.ones(c.hidden_size))
         # Queries, keys and values in one product; gate and up in another.
-        self.qkv = nn.Linear(c.hidden_size, width + 2 * kv_width, bias=c.qkv_bias)
+        self.qkv = Linear(c, "q_proj", "k_proj", "v_proj", bias=c.qkv_bias)
         self.q_norm = nn.Parameter(torch.ones(c.head_dim)) if c.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(c.head_dim)) if c.qk_norm else None
-        self.out = nn.Linear(width, c.hidden_size, bias=False)
+        self.out = Linear(c, "o_proj")
         self.mlp_norm = nn.Parameter(torch.ones(c.hidden_size))
-        self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
-        self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_up = Linear(c, "gate_proj", "up_proj")
+        self.down = Linear(c, "down_proj")
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(C)) v, [B, H, T, C], of q [B, H, T, C] and k, v [B, K, S, C].
+
+    H/K heads of queries share one of keys and values. mask [B, 1, T, S]: True where a token may
+    look. None means causal.
+    """
+    causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
+
+
+def attend_fused(q, k, v, mask):
+    """`attend` for a GPU, by a fused kernel.
+
+    PyTorch 2.13's kernels for CUDA take a mask, or heads that share keys and values, but not both:
+    it would take the math kernel, which holds [B, H, T, S] (pytorch issue 191085). So nothing is
+    shared here. (Where no kernel fits, it raises: machine.check_device rules the math kernel out.)
+    """
+    B, H, T, C = q.shape
+    K = k.shape[1]
+    if T == 1:  # a head's H/K queries stand in a row, as if they were so many tokens
+        q = q.reshape(B, K, H // K, C)
+        return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, H, 1, C)
+    k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))  # [B, H, S, C]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+
+
+class Linear(nn.Linear):
+    """A linear layer that may have LoRA adapters (arXiv 2106.09685, eq. 3).
+
+        y = x W^T + alpha/r (x A^T) B^T       W [rows, in] is frozen; A [r, in], B [rows, r] learn
+
+    It is one or several layers of Config.linear in one product, and each part has its own adapter.
+    B begins as 0, so the model begins as it was. `adapt` makes the adapters.
+    """
+
+    def __init__(self, c, *names, bias=False):
+        """c: a Config. names: of the parts."""
+        self.parts = {name: c.linear[name][1] for name in names}  # {part: its rows of W}
+        super().__init__(c.linear[names[0]][0], sum(self.parts.values()), bias=bias)
+        self.scale = 0.0  # alpha/r; 0 without adapters
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()  # {part: matrix}
+
+    def forward(self, x):
+        """x [.., in] -> y [.., rows]"""
+        y = F.linear(x, self.weight, self.bias)
+        if not self.scale:
+            return y
+        more = [F.linear(F.linear(x, self.A[name]), self.B[name]) if name in self.A
+                else x.new_zeros(*x.shape[:-1], rows) for name, rows in self.parts.items()]
+        return y + self.scale * torch.cat(more, dim=-1)
+
+    def merged(self, A, B, scale):
+        """W + scale * B A, [rows, in], computed in float32. A, B: {part: matrix}, on any device."""
+        more = [B[name].float() @ A[name].float() if name in A
+                else torch.zeros(rows, self.in_features, device=self.weight.device)
+                for name, rows in self.parts.items()]
+        weight = self.weight.detach().float()
+        return (weight + scale * torch.cat(more).to(weight.device)).to(self.weight.dtype)
 
 
 # One decoder for all. Each family has what transformers takes where a config.json leaves a key out.
@@ -102,6 +162,25 @@ class Config:
     sliding_window: int | None = None  # Mistral: a longer text is refused, so nothing slides
 
     @property
+    def linear(self):
+        """{linear layer of a block, by its name in Hugging Face's layout: (inputs, outputs)}."""
+        D, width, kv_width = (self.hidden_size, self.num_attention_heads * self.head_dim,
+                              self.num_key_value_heads * self.head_dim)
+        return {"q_proj": (D, width), "k_proj": (D, kv_width), "v_proj": (D, kv_width),
+                "o_proj": (width, D), "gate_proj": (D, self.intermediate_size),
+                "up_proj": (D, self.intermediate_size), "down_proj": (self.intermediate_size, D)}
+
+    def adapter_size(self, rank, targets):
+        """How many numbers LoRA adapters have in all. Raises UserError where LoRA cannot be."""
+        if self.score_head:
+            raise console.UserError("--lora is for a model that answers, and this one is a reward "
+                                    "model")
+        if rank > self.hidden_size:
+            raise console.UserError(f"--lora {rank} is above the model's width of "
+                                    f"{self.hidden_size}: a rank is far smaller, such as 16")
+        return self.num_hidden_layers * rank * sum(sum(self.linear[name]) for name in targets)
+
+    @property
     def context(self):
         """The longest text, in tokens, that is computed as the model's authors would."""
         longest = self.max_position_embeddings
@@ -115,6 +194,7 @@ class Llama(nn.Module):
         super().__init__()
         c = self.config = config
         self.recompute = False  # compute activations again in the backward pass: less memory
+        self.lora = None  # settings of its adapters, by peft's names; see adapt
         self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(c.hidden_size))
@@ -464,7 +544,8 @@ class TokenLogprobs(torch.autograd.Function):
         """grad [n] -> gradients of hidden and head."""
         hidden, head, target, lse = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_head = torch.zeros_like(head, dtype=torch.float32)
+        frozen = not ctx.needs_input_grad[1]  # with LoRA
+        d_head = None if frozen else torch.zeros_like(head, dtype=torch.float32)
         for i in range(0, len(hidden), ctx.chunk):
             part = slice(i, i + ctx.chunk)
             logits = (hidden[part] @ head.T).float() / ctx.temperature
@@ -472,8 +553,9 @@ class TokenLogprobs(torch.autograd.Function):
             d.scatter_add_(1, target[part, None], torch.ones_like(d[:, :1]))
             d = (d * (grad[part, None] / ctx.temperature)).to(hidden.dtype)  # [chunk, vocab]
             d_hidden[part] = d @ head
-            d_head += d.T @ hidden[part]
-        return d_hidden, d_head.to(head.dtype), None, None, None
+            if not frozen:
+                d_head += d.T @ hidden[part]
+        return d_hidden, None if frozen else d_head.to(head.dtype), None, None, None
 
 
 def logprobs(model, packed, temperature=1.0, chunk=1024):
@@ -487,11 +569,62 @@ def logprobs(model, packed, temperature=1.0, chunk=1024):
 
 
 # --------------------------------------------------------------------------------------------------
+# LoRA (arXiv 2106.09685): learn a small addition to each weight, and leave the weight as it is
+
+def adapt(model, rank, alpha=32.0, targets=TARGETS, seed=0):
+    """Freeze a model, and give linear layers of its blocks adapters to learn.
+
+    Returns the model with its adapters off, as a Llama of its own: it shares the frozen weights, so
+    it takes no memory. rank: r. targets: which layers. seed: of A, which begins as in peft (Kaiming
+    uniform); B begins as 0. Raises UserError for a rank above the model's width.
+    """
+    model.config.adapter_size(rank, targets)
+    model.requires_grad_(False)
+    off = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    generator = torch.Generator().manual_seed(seed)
+    for layer in linear_layers(model).values():
+        for name in [name for name in layer.parts if name in targets]:
+            A = torch.empty(rank, layer.in_features, device="cpu")
+            A.uniform_(-1, 1, generator=generator).div_(layer.in_features ** 0.5)
+            B = torch.zeros(layer.parts[name], rank, device="cpu")
+            # In the weight's dtype and on its device.
+            layer.A[name], layer.B[name] = (nn.Parameter(x.to(layer.weight)) for x in (A, B))
+            layer.scale = alpha / rank
+    model.lora = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
+    return off
+
+
+def linear_layers(model):
+    """{name: layer} of what may have adapters."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+
+
+def merge_adapter(model, folder):
+    """Add the adapters of a folder, peft's or ours, to a model's weights. Raises UserError."""
+    names = adapter_names(model.config)
+    sizes = {theirs: model.config.linear[part] for theirs, (_, part) in names.items()}
+    scale, found = adapters.read(folder, model.folder, sizes)
+    for ours, layer in linear_layers(model).items():
+        both = {part: found[theirs] for theirs, (name, part) in names.items()
+                if name == ours and theirs in found}
+        A, B = ({part: pair[side] for part, pair in both.items()} for side in (0, 1))
+        layer.weight = nn.Parameter(layer.merged(A, B, scale))
+
+
+def adapter_names(config):
+    """{a layer that may have an adapter, by its name in peft: (our layer, the part of it)}."""
+    return {theirs.removesuffix(".weight"): (ours.removesuffix(".weight"), theirs.split(".")[-2])
+            for ours, parts in weight_names(config).items() for theirs in parts
+            if theirs.endswith("_proj.weight")}
+
+
+# --------------------------------------------------------------------------------------------------
 # Files in Hugging Face layout
 
 def load(name, device="cpu", dtype=torch.float32, date=None, variables=None):
     """(model, tokenizer) of a folder, or of a model on the hub: "org/name" or "org/name@revision".
 
+    The folder of an adapter stands for its base, with the adapter merged in.
     date: what the chat template takes for now, in ISO form; None: this moment. variables: others
     that it reads, {name: value}.
     Nothing is fetched unless `name` is no folder and looks like a hub name. The model carries
@@ -514,6 +647,8 @@ def load(name, device="cpu", dtype=torch.float32, date=None, variables=None):
     model.cos, model.sin = rope_table(config)
     tokenizer = Tokenizer(folder, date, variables)
     model.folder, model.raw, model.variables = folder, raw, tokenizer.variables
+    if adapter := files.adapter_of(name):
+        merge_adapter(model, adapter)
     model.end_ids = files.end_ids(folder, raw, tokenizer, config.vocab_size)
     end = None if config.score_head else tokenizer.turn_end
     if end is not None and end not in model.end_ids:
@@ -530,12 +665,21 @@ def load(name, device="cpu", dtype=torch.float32, date=None, variables=None):
 def save(model, folder):
     """Write a loaded model, with the tokenizer of the folder it came from, in Hugging Face layout.
 
+    With adapters: they are merged into the weights, and written by themselves into folder/adapter.
     All processes of a crew call this, and the first one writes. Raises UserError where it cannot.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     weights = machine.gathered(dict(model.named_parameters()), rank)
     if rank:
         return
+    if model.lora:
+        layers, found = linear_layers(model), {}
+        for theirs, (ours, part) in adapter_names(model.config).items():
+            if part in layers[ours].A:
+                found[theirs] = weights[f"{ours}.A.{part}"], weights[f"{ours}.B.{part}"]
+        adapters.write(Path(folder) / "adapter", model.folder, model.lora, found)
+        for name, layer in layers.items():
+            weights[f"{name}.weight"] = layer.merged(layer.A, layer.B, layer.scale).detach().cpu()
     tensors = {}
     for ours, parts in weight_names(model.config).items():
         weight = weights[ours].to(getattr(model, "saved_in", weights[ours].dtype))
@@ -609,9 +753,7 @@ def slides(raw):
 
 def weight_names(config):
     """{our parameter: {name in the file: its rows}}. Of several names, the rows are stacked."""
-    kv = config.num_key_value_heads * config.head_dim
-    rows = {"q_proj": config.num_attention_heads * config.head_dim, "k_proj": kv, "v_proj": kv,
-            "gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+    rows = {name: outputs for name, (_, outputs) in config.linear.items()}
     # Our name in a block, and the parts it is made of in a layer of the file.
     block = {"attention_norm": ["input_layernorm.weight"],
              "qkv.weight": [f"self_attn.{x}_proj.weight" for x in "qkv"],

@@ -46,7 +46,7 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from model import ROOM, Llama, generate, groups, load, logprobs, pack, read_config, save
+from model import ROOM, Llama, adapt, generate, groups, load, logprobs, pack, read_config, save
 from rewards import QualityReward, WrittenQuality, load_referee, truth_of
 from support import console, data, files, learning, machine, record, referees, report, runs
 from support.text import Tokenizer
@@ -65,7 +65,7 @@ def step(game, args):
     if challenger:  # grpo has none
         losses["challenger"] = gradients(game, challenger, a_ch, args.kl_challenger, args,
                                          args.alpha_ch)
-    norm = learning.take(game.optimizer)  # one AdamW step on L_Sol + alpha_Ch L_Ch
+    norm = learning.take(game.optimizer, crew=game.crew)  # one AdamW step on L_Sol + alpha_Ch L_Ch
     return Step(queries, answers, challenger, solver, reward, quality if game.judge else None,
                 a_sol, a_ch if challenger else None, losses, norm)
 
@@ -364,8 +364,8 @@ SETTINGS = [
     runs.TEMPLATE_ARGS,
     "the loss",
     ("--lr", NUMBER, 1.5e-4, 3e-6,
-     "learning rate of AdamW (grpo with a real model: 1e-06); it rises for 20 steps, then falls "
-     "linearly towards 0"),
+     "learning rate of AdamW (grpo with a real model: 1e-06; with --lora: ten times as much); it "
+     "rises for 20 steps, then falls linearly towards 0"),
     ("--alpha-ch", ZERO_TOO, 0.005, 0.1,
      "alpha_Ch, weight of the Challenger's loss; with more it asks what nobody can answer"),
     ("--quality", ZERO_TOO, 1.0, 7.0,
@@ -404,9 +404,11 @@ def parse_args(argv=None):
     if args.resume:
         return runs.resumed(argv, console.parse(SETTINGS, [], *about))
     real = not language.spoken_by(runs.model_folder(args.model))
-    if real:
-        lower = {"lr": 1e-6} if args.game == "grpo" else {}
-        args = console.parse(SETTINGS, argv, *about, real=True, **lower)
+    others = {"lr": 1e-6} if real and args.game == "grpo" else {}
+    if args.lora:
+        usual = console.parse(SETTINGS, [], *about, real=real, **others)
+        others["lr"] = runs.LORA_RATE * usual.lr
+    args = console.parse(SETTINGS, argv, *about, real=real, **others)
     args.model = str(runs.model_folder(args.model))  # a run's folder stands for its model
     console.refuse_idle(argv, args.game, IDLE)
     refuse(args, real)
@@ -419,6 +421,7 @@ def refuse(args, real):
     if args.run is not None:
         runs.check_name(args.run)
     console.assignments(args.template_args)
+    runs.check_lora(args)
     data.refuse_splits(args)
     for refused, why in (
             (real and grpo and not args.data, f"{foreign}: name --data for it to answer"),
@@ -469,22 +472,27 @@ def set_up(args, device, crew=machine.Crew()):
         (rows, first), (held, second) = (data.fitting(args, x, reads) for x in (rows, held))
         longest = max(longest, first, second)
     machine.check_memory(plan(args, crew, longest), device, args.dry_run, crew.size)
-    runs.check_disk(args, read_config(args.model)[1], optimizer_floats=2, models=1)
+    config, count = read_config(args.model)
+    trained = config.adapter_size(args.lora, args.lora_targets) if args.lora else count
+    runs.check_disk(args, count, trained, optimizer_floats=2, models=1)
     referee, readers, pay = load_judgement(args, device, dtype, template, rows, held)
     # Several processes share the weights out, and each begins with all of them on the CPU. There
-    # the reference is loaded anew, so that each process holds one whole copy at a time.
-    where = (device, dtype) if alone else ("cpu", torch.float32)
+    # the reference is loaded anew, so that each process holds one whole copy at a time. (With LoRA
+    # each process has the whole frozen model, and only the adapters' gradients are exchanged.)
+    where = (device, dtype) if alone or args.lora else ("cpu", torch.float32)
     model, tokenizer = load(args.model, *where, *template)
     model.recompute = args.low_memory
     start = learning.fingerprint(model, [*(rows or []), *(held or [])] or None)
-    if alone:
+    if args.lora:
+        reference = adapt(model, args.lora, args.lora_alpha, args.lora_targets, args.seed)
+    elif alone:
         reference = copy.deepcopy(model).requires_grad_(False)
     else:
         machine.shard(model, device, dtype)
         reference = load(args.model, *where, *template)[0].requires_grad_(False)
         machine.shard(reference, device, dtype)
     if alone and args.low_memory and device.startswith("cuda"):
-        for frozen in [reference] + [part.model for part in readers]:
+        for frozen in [reference] * (not args.lora) + [part.model for part in readers]:
             machine.offload(frozen)
     judge = prompt = None
     if args.game == "lsp" and args.judge == "expected":

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from model import ROOM, Llama, groups, load, logprobs, pack, read_config, sample_parts, save
+from model import ROOM, Llama, adapt, groups, load, logprobs, pack, read_config, sample_parts, save
 from support import console, data, learning, machine, record, report, runs
 from support.text import Tokenizer
 from tiny import language
@@ -305,7 +305,8 @@ SETTINGS = [
      "lambda, in spin: how closely the player is tied to its opponent; one number an iteration "
      "(fewer iterations take the first ones, in more the last one goes on)"),
     ("--lr", [NUMBER], [3e-5, 3e-5, 2e-5, 2e-5], [5e-7, 5e-7, 1e-7, 1e-7],
-     "peak learning rate of RMSProp; one number an iteration, as --lam"),
+     "peak learning rate of RMSProp; one number an iteration, as --lam (with --lora: ten times as "
+     "much)"),
     *runs.SETTINGS,
 ]
 
@@ -321,12 +322,15 @@ def parse_args(argv=None):
     if args.resume:
         return runs.resumed(argv, console.parse(SETTINGS, [], *about))
     real = not language.spoken_by(runs.model_folder(args.model))
-    args = console.parse(SETTINGS, argv, *about, real=real)
-    default = console.parse(SETTINGS, [], *about, real=real)
+    default, others = console.parse(SETTINGS, [], *about, real=real), {}
+    if args.lora:
+        others = {"lr": [runs.LORA_RATE * lr for lr in default.lr]}
+    args = console.parse(SETTINGS, argv, *about, real=real, **others)
     if real and not args.data:
         raise console.UserError(f"{args.model} does not speak the embedded language: name --data "
                                 "to learn from")
     console.refuse_idle(argv, args.game, IDLE)
+    runs.check_lora(args)
     if args.eval_data and not args.data:
         raise console.UserError("--eval-data goes with --data: the embedded default has scores")
     data.refuse_splits(args)
@@ -334,7 +338,7 @@ def parse_args(argv=None):
         raise console.UserError("--skip-bad-rows is about --data: name one")
     for name in ("lam", "lr"):
         given = getattr(args, name)
-        if len(given) > args.iterations and given != getattr(default, name):
+        if len(given) > args.iterations and given != others.get(name, getattr(default, name)):
             raise console.UserError(f"--{name}: {len(given)} numbers for {args.iterations} "
                                     "iterations; give at most one an iteration")
     args.model = str(runs.model_folder(args.model))  # a run's folder stands for its last iterate
@@ -355,7 +359,8 @@ def set_up(args):
     plan = machine.memory_plan(config, dtype, count, optimizer_floats=1, rows=1, positions=ROOM,
                                tokens=args.micro_batch, recompute=args.low_memory)
     machine.check_memory(plan, args.device)
-    runs.check_disk(args, count, optimizer_floats=1, models=args.iterations + 1)
+    trained = config.adapter_size(args.lora, args.lora_targets) if args.lora else count
+    runs.check_disk(args, count, trained, optimizer_floats=1, models=args.iterations + 1)
     variables = console.assignments(args.template_args)
     player, tokenizer = load(args.model, args.device, dtype, args.date, variables)
     player.recompute = args.low_memory
@@ -373,6 +378,8 @@ def set_up(args):
     answers, cut = cut_answers([reply for _, (_, reply) in found], args.answer_tokens)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     start = learning.fingerprint(player, rows + [row for row, _ in held])
+    if args.lora:
+        adapt(player, args.lora, args.lora_alpha, args.lora_targets, args.seed)
     return Game(player, tokenizer, rows, prompts, answers, cut, generator, rng, start,
                 [ids for _, ids in held][:args.eval_items])
 

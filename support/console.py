@@ -110,7 +110,7 @@ def parse(table, argv, command, description, real=False, **defaults):
     table: one row a flag, (flag, kind, default on the embedded model, default on a real one, help).
         A row that is only a text begins a new group in `-h`.
         kind: a function of the text (int, str, positive(float), ..); a tuple of choices; bool for a
-        switch; a list with one function, for a flag that takes several values; {str} for a flag
+        switch; a list with one of these, for a flag that takes several values; {str} for a flag
         that may be given several times, whose texts are joined by commas.
     argv: list of words, None for the process's own.
     real: take the column of real models. defaults: other defaults for single flags.
@@ -191,7 +191,8 @@ def _how_to_parse(kind):
     if isinstance(kind, set):
         return {"action": "append"}
     if isinstance(kind, list):
-        return {"type": kind[0], "nargs": "+"}
+        names = {"metavar": "NAME"} if isinstance(kind[0], tuple) else {}  # a short usage line
+        return _how_to_parse(kind[0]) | {"nargs": "+"} | names
     return {"type": kind}
 
 

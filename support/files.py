@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from support.console import UserError, one_line, specs
 
+ADAPTER = "adapter_config.json"  # a folder that has it, and no config.json, is an adapter's (peft)
 MAX_FILE = 2**28  # bytes of a JSON file: far above any real one
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                    "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
@@ -54,12 +55,35 @@ def find(name, patterns=("*.json", "*.jinja", "*.safetensors", "tokenizer.model"
     """The folder of a model: a local folder as it is, a hub name fetched into the hub's cache.
 
     patterns: which files to fetch. Raises UserError where there is no such model.
+    The folder of an adapter stands for its base.
     """
+    name = base_of(name)
     if Path(name).is_dir():
         return Path(name)
     if not is_hub_name(name):
         raise UserError(f"{name}: no such model folder")
     return fetch(str(name), list(patterns))
+
+
+def adapter_of(name):
+    """The folder of an adapter, or None where `name` is none: a model's folder, a hub name."""
+    folder = Path(name)
+    alone = (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+    return folder if alone else None
+
+
+def base_of(name):
+    """The name of the model that an adapter's folder belongs to. Any other name as it is.
+
+    Raises UserError where the folder does not say it.
+    """
+    folder = adapter_of(name)
+    if folder is None:
+        return name
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or adapter_of(base):
+        raise UserError(f"{folder / ADAPTER}: base_model_name_or_path names no model")
+    return base
 
 
 def fetch(name, patterns, kind="model"):

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.console import UserError, one_line
-from support.machine import Crew, gathered, shared_as, whole
+from support.machine import Crew, average, gathered, shared_as, whole
 
 # The largest norm of a step's gradient. On the embedded default nearly every step is above it, so
 # it works as a normaliser: each step has the same size before AdamW (docs/claims.md has a table).
@@ -23,8 +23,9 @@ def optimizer_for(model, kind, **settings):
     The gradients of all micro-batches are summed in the master, and each step copies the masters
     back. Without masters, a small step would be rounded away. They stay with the model: a second
     optimizer goes on with the same masters, and loses nothing of what the first one learnt.
+    Frozen weights (with LoRA, all but the adapters) are left out.
     """
-    weights = list(model.parameters())
+    weights = trained(model)
     if weights[0].dtype == torch.float32:
         return kind(weights, **settings)
     if not hasattr(model, "masters"):
@@ -53,17 +54,25 @@ def optimizer_for(model, kind, **settings):
     return optimizer
 
 
+def trained(model):
+    """The weights of a model that learn: all that are not frozen."""
+    return [w for w in model.parameters() if w.requires_grad]
+
+
 def weights_of(optimizer):
     """The float32 weights that an optimizer moves: the model's, or a bfloat16 model's masters."""
     return [w for group in optimizer.param_groups for w in group["params"]]
 
 
-def take(optimizer, largest=CLIP):
+def take(optimizer, largest=CLIP, crew=Crew()):
     """One optimizer step, with gradients scaled down to a norm of `largest`.
 
+    Of several processes, those that share the weights out have one gradient already. Where each
+    has all the weights (LoRA's adapters), their gradients are averaged here.
     Returns their norm before. Where that is not finite, no step is taken. The gradients are gone in
     either case.
     """
+    average(weights_of(optimizer), crew)
     norm = whole(torch.nn.utils.clip_grad_norm_(weights_of(optimizer), largest)).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -155,7 +164,7 @@ def load_state(model, optimizer, generator, tensors, crew=Crew()):
     with torch.no_grad():
         for i, w in enumerate(weights):
             w.copy_(shared_as(tensors[f"weight.{i}"], w))
-        for own, w in zip(model.parameters(), weights):
+        for own, w in zip(trained(model), weights):
             if own is not w:  # bfloat16: the optimizer's are the float32 masters
                 own.copy_(w)
     state = {}

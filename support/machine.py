@@ -24,6 +24,8 @@ def check_device(name):
     try:
         torch.empty(0, device=name)
         torch.Generator(name)
+        if torch.device(name).type == "cuda":  # attention: fused, or not at all (attend_fused)
+            torch.backends.cuda.enable_math_sdp(False)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: no such device here ({one_line(error)})") from None
     return name
@@ -125,6 +127,14 @@ def gathered(tensors, rank):
 def whole(tensor):
     """A tensor that is shared out, gathered from all processes. Any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def average(weights, crew):
+    """Average the processes' gradients of weights that each of them holds whole."""
+    for weight in weights:
+        if crew.size > 1 and not hasattr(weight, "full_tensor"):
+            dist.all_reduce(weight.grad)
+            weight.grad /= crew.size
 
 
 def shared_as(tensor, like):

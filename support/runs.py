@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from support.console import UserError, note, positive
-from support.files import TOKENIZER_FILES, is_hub_name, read_json
+from support.files import TOKENIZER_FILES, find, is_hub_name, read_json
 from support.learning import load_state, previous, read_state, save_state
 from support.machine import DEVICE, DTYPES, Crew
 
@@ -42,6 +42,11 @@ EVAL_DATA = ("--eval-data", str, None, None,
              "held-out rows for the scores, as --data; without it a tenth of --data is held out; "
              "none: nothing is")
 ANSWER_TOKENS = ("--answer-tokens", positive(int), 32, 256, "longest answer")
+# The linear layers of a block, by their names in Hugging Face's layout.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# With LoRA the learning rate is this many times that of full training. Ten is what Schulman et al.
+# found best ("LoRA Without Regret", 2025), for fine-tuning and for reinforcement learning.
+LORA_RATE = 10
 SETTINGS = [
     "the run",
     ("--seed", positive(int, zero=True), 0, 0, "seed of everything random"),
@@ -58,6 +63,11 @@ SETTINGS = [
      "token positions computed at once; changes memory and speed only"),
     ("--dtype", tuple(DTYPES), "float32", "float32",
      "of all models; a trained model keeps float32 weights beside it"),
+    ("--lora", positive(int), None, None,
+     "rank of LoRA adapters (arXiv 2106.09685), such as 16: they alone are trained; the reference "
+     "is the same weights with the adapters off"),
+    ("--lora-alpha", positive(float), 32.0, 32.0, "their scale is alpha divided by the rank"),
+    ("--lora-targets", [TARGETS], [*TARGETS], [*TARGETS], "the layers of a block that have one"),
     ("--low-memory", bool, False, False,
      "compute activations again in the backward pass; on a GPU, also keep frozen models in CPU "
      "memory while they are not asked: less memory, more time"),
@@ -85,7 +95,7 @@ def model_folder(name):
         return name
     if not folder.is_dir():
         raise UserError(f"{name}: no such model folder")
-    read_json(folder / "config.json")
+    read_json(find(folder) / "config.json")
     return folder
 
 
@@ -111,6 +121,12 @@ def check_name(name):
                         f"{go_on if (folder / CHECKPOINT).is_file() else ''}; nothing was touched")
 
 
+def check_lora(args):
+    """Raise UserError for settings of LoRA without --lora."""
+    if not args.lora and (args.lora_alpha != 32 or tuple(args.lora_targets) != TARGETS):
+        raise UserError("--lora-alpha and --lora-targets are about --lora: name its rank, too")
+
+
 def other_files(args):
     """{file: its CRC-32} of what a run depends on besides weights and data.
 
@@ -122,13 +138,14 @@ def other_files(args):
     return {str(path): zlib.crc32(path.read_bytes()) for path in paths if path.is_file()}
 
 
-def check_disk(args, parameters, optimizer_floats, models):
+def check_disk(args, parameters, trained, optimizer_floats, models):
     """Raise UserError if a run's folder would not fit on its disk. --dry-run: print what it needs.
 
-    A checkpoint is the float32 weights and the optimizer's numbers. Two are kept, and a third is
-    there while it is written. models: how many models the run leaves behind.
+    A checkpoint is the float32 weights that are trained, and the optimizer's numbers. Two are kept,
+    and a third is there while it is written. models: how many models of so many parameters the run
+    leaves behind.
     """
-    checkpoint = 4 * (1 + optimizer_floats) * parameters
+    checkpoint = 4 * (1 + optimizer_floats) * trained
     need = 3 * checkpoint + models * DTYPES[args.dtype].itemsize * parameters
     place, gib = Path(args.resume or "runs"), 2**30
     place = place.parent if place.is_file() else place

@@ -151,11 +151,11 @@ def killed_in_step(number, folder, *flags):
     """Play a run in this process, alone, until it is killed before this step's update."""
     real, calls = learning.take, []
 
-    def take(optimizer):
+    def take(optimizer, crew=machine.Crew()):
         calls.append(1)
         if len(calls) == number:
             raise Killed
-        return real(optimizer)
+        return real(optimizer, crew=crew)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(learning, "take", take)
         command(selfplay, folder, *flags)

@@ -70,6 +70,39 @@ def test_parity_with_transformers(tmp_path, transformers, changes):
         assert torch.equal(value, again[name])
 
 
+@pytest.mark.parametrize("heads, shared", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("tokens, masked", [(1, True), (1, False), (5, True), (5, False)])
+def test_both_ways_to_attend_are_the_formula(heads, shared, tokens, masked):
+    """softmax(q k^T / sqrt(C)) v, also by the way for GPUs, which no GPU has run yet."""
+    torch.manual_seed(heads + tokens)
+    B, C, S = 2, 8, 7 if masked or tokens == 1 else tokens
+    q, k, v = torch.randn(B, heads, tokens, C), *torch.randn(2, B, shared, S, C)
+    mask = torch.rand(B, 1, tokens, S) < 0.5 if masked else None
+    may_look = mask if masked else torch.ones(tokens, S, dtype=torch.bool).tril(S - tokens)
+    if masked:
+        mask[..., 0] = True  # each token looks at something
+    whose = [h * shared // heads for h in range(heads)]  # the keys and values of each query head
+    scores = (q @ k[:, whose].transpose(2, 3)) / C**0.5
+    expected = scores.masked_fill(~may_look, -torch.inf).softmax(-1) @ v[:, whose]
+    for way in (llama.attend, llama.attend_fused):
+        torch.testing.assert_close(way(q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_gpu_keys_and_values_are_not_shared_where_there_is_a_mask(monkeypatch):
+    """The kernels for CUDA do not take both: no call may ask for it, nor for the math kernel."""
+    calls = []
+
+    def kernel(q, k, v, mask=None, is_causal=False, enable_gqa=False):
+        calls.append((q.shape[1] == k.shape[1], enable_gqa, is_causal and mask is not None))
+        return q
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    for tokens in (1, 3):
+        for mask in (None, torch.ones(1, 1, tokens, 3, dtype=torch.bool)):
+            y = llama.attend_fused(torch.randn(1, 4, tokens, 8), *torch.randn(2, 1, 2, 3, 8), mask)
+            assert y.shape == (1, 4, tokens, 8)
+    assert calls == 4 * [(True, False, False)]
+
+
 def test_llama3_rope_slows_long_waves_only():
     scaled = config_from_json(
         small_config(rope_scaling=LLAMA3, rope_theta=10000.0, head_dim=16))

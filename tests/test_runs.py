@@ -45,11 +45,11 @@ def in_the_middle(monkeypatch, call, act):
     """Before the given optimizer step (3: the third), `act` is called. The gradients are there."""
     real, calls = learning.take, []
 
-    def take(optimizer):
+    def take(optimizer, **crew):
         calls.append(1)
         if len(calls) == call:
             act()
-        return real(optimizer)
+        return real(optimizer, **crew)
     monkeypatch.setattr(learning, "take", take)
 
 
@@ -295,15 +295,15 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
     usage.free = need
     args = selfplay.parse_args(words)
-    runs.check_disk(args, 756224, 2, 1)
+    runs.check_disk(args, 756224, 756224, 2, 1)
     usage.free = need - 1000
     args.resume = str(tmp_path / "cut")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "checkpoint.safetensors.previous").write_bytes(bytes(1000))
-    runs.check_disk(args, 756224, 2, 1)
+    runs.check_disk(args, 756224, 756224, 2, 1)
     usage.free -= 1
     with pytest.raises(UserError, match="of disk"):
-        runs.check_disk(args, 756224, 2, 1)
+        runs.check_disk(args, 756224, 756224, 2, 1)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

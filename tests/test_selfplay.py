@@ -385,7 +385,7 @@ def test_a_step_is_its_equations(name, monkeypatch):
         p.mul_(1.02)
     taken = []
 
-    def take(optimizer):
+    def take(optimizer, crew):
         taken.append(flat_gradient(game.model))
         optimizer.zero_grad()
         return 7.0

@@ -22,6 +22,8 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
 
+from support.files import base_of
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KINDS = ("1 operation", "2 operations", "3 operations", "numbers")
 CARELESS = 0.12  # share of careless answers in the fine-tuning set, as in data that people wrote
@@ -416,7 +418,7 @@ def spoken_by(model):
     """
     if not isinstance(model, (str, Path)):
         return len(model.encode(CHALLENGER_PROMPT)) == 1
-    file = Path(model) / "tokenizer.json"
+    file = Path(base_of(model)) / "tokenizer.json"  # of an adapter: its base's
     return file.is_file() and json.dumps(CHALLENGER_PROMPT) in file.read_text(
         encoding="utf-8", errors="replace")
 
