@@ -25,6 +25,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -70,6 +71,21 @@ class Gpu:
         self.here, self.pinned = Marks(), Marks()
         self.waits, self.operations = Counter(), set()
         self.busy = False  # was something started on it since the last wait?
+        self.copying = False  # in a copy between devices: its caller says where the result is
+
+    def forget(self):
+        """Begin to count anew, on an idle GPU. Returns the waits so far."""
+        waits, self.waits, self.busy = self.waits, Counter(), False
+        return waits
+
+    @contextlib.contextmanager
+    def between(self):
+        """A copy between devices."""
+        before, self.copying = self.copying, True
+        try:
+            yield
+        finally:
+            self.copying = before
 
     def plays(self, device):
         """Is this device (a name, a torch.device or None) the pretend one? CUDA has one, 0."""
@@ -116,19 +132,9 @@ class Gpu:
         else:
             if there == CPU or not non_blocking:
                 self.wait("download" if there == CPU else "upload")
-            with torch._C.DisableTorchFunction(), _off(self):
+            with self.between():
                 out = tensor.to(dtype=dtype, copy=True)
         return self.put(out) if there == self.device else out
-
-
-@contextlib.contextmanager
-def _off(gpu):
-    """Copies in here are between devices: where the result is, the caller says."""
-    before, gpu.copying = getattr(gpu, "copying", False), True
-    try:
-        yield
-    finally:
-        gpu.copying = before
 
 
 class Asked(TorchFunctionMode):
@@ -140,12 +146,10 @@ class Asked(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         gpu, kwargs = self.gpu, dict(kwargs or {})
+        if isinstance(func, torch._ops.OpOverload):  # not asked by Python code
+            return func(*args, **kwargs)
         if func in ANSWERS:
             return ANSWERS[func](gpu, *args, **kwargs)
-        if func is Tensor.backward:  # Python code runs in there, too
-            with self:
-                gradient = kwargs.pop("gradient", None)
-                return torch.autograd.backward(*args, grad_tensors=gradient, **kwargs)
         if func in (Tensor.numpy, Tensor.__array__) and args[0] in gpu.here:
             raise TypeError(f"can't convert {gpu.device} device type tensor to numpy")
         if (source := kwargs.get("generator")) is not None:
@@ -160,12 +164,12 @@ class Asked(TorchFunctionMode):
             gpu.busy |= func not in UPLOADS and "empty" not in func.__name__
             return gpu.put(func(*args, **kwargs | {"device": CPU}))
         if device is not None:  # zeros_like(on_the_gpu, device="cpu"): not where its argument is
-            with _off(gpu):
+            with gpu.between():
                 return func(*args, **kwargs)
         if func is Tensor.tolist and args[0] in gpu.here:
             gpu.wait("tolist")
         if func is Tensor.__deepcopy__ and args[0] in gpu.here:
-            with _off(gpu):
+            with gpu.between():
                 return gpu.put(func(*args, **kwargs))
         return func(*args, **kwargs)
 
@@ -211,13 +215,13 @@ class Played(TorchDispatchMode):
         gpu, kwargs, name = self.gpu, kwargs or {}, func._schema.name
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         played = any(t in gpu.here for t in tensors)
-        if played and not getattr(gpu, "copying", False):
+        if played and not gpu.copying:
             gpu.operations.add(name)
             self.check(func, name, args, kwargs, tensors)
             gpu.busy |= not (func.is_view or name in WAIT or "empty" in name)
         before = {t.untyped_storage()._cdata for t in tensors}
         out = func(*args, **kwargs)
-        if played and not getattr(gpu, "copying", False):
+        if played and not gpu.copying:
             for t in tree_leaves(out):
                 if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before:
                     gpu.put(t)
@@ -285,9 +289,17 @@ def pretend(kind="cuda", memory=2**36, bfloat16=True):
             groups[gpu.device if some in gpu.here else device, dtype] = value
         return groups
 
+    asked, run_backward = Asked(gpu), torch.autograd._engine_run_backward
+
+    def backward(*args, **kwargs):
+        """PyTorch turns a function mode off inside of a function. This one calls our code."""
+        with asked:
+            return run_backward(*args, **kwargs)
+
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
                 (torch, "Generator", Generator),
+                (torch.autograd, "_engine_run_backward", backward),
                 (torch._C, "_group_tensors_by_device_and_dtype", grouped),
                 (torch.cuda, "mem_get_info", lambda device=None: (memory, memory)),
                 (torch.cuda, "is_bf16_supported", lambda *_, **__: bfloat16),
@@ -295,6 +307,10 @@ def pretend(kind="cuda", memory=2**36, bfloat16=True):
                 (torch.mps, "driver_allocated_memory", lambda: 0),
                 (torch.backends.mps, "is_macos_or_newer", lambda *_: bfloat16)):
             stack.enter_context(mock.patch.object(owner, name, value))
+        # Where checkpoint looks at a tensor's device, a function mode may be on or off.
+        stack.enter_context(mock.patch.dict(
+            torch.utils.checkpoint._allowed_determinism_checks_to_fns,
+            default=lambda x: (x.shape, x.dtype)))
         stack.enter_context(Played(gpu))
-        stack.enter_context(Asked(gpu))
+        stack.enter_context(asked)
         yield gpu
