@@ -461,6 +461,7 @@ def refuse(args, real):
 
 def set_up(args, device, crew=machine.Crew()):
     """The Game of these settings: models loaded, referee and judge ready. Raises UserError."""
+    machine.check_dtype(device, args.dtype)
     dtype, alone = machine.DTYPES[args.dtype], crew.size == 1
     template = args.date, console.assignments(args.template_args)
     # Data, referee and pay first: what is wrong with them shows before a large model is loaded.

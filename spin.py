@@ -352,7 +352,7 @@ def parse_args(argv=None):
 
 def set_up(args):
     """The Game of these settings: model loaded, data encoded, nothing played. Raises UserError."""
-    machine.check_device(args.device)
+    machine.check_dtype(machine.check_device(args.device), args.dtype)
     rows, held = data.read_both(args)
     rows = rows or language_data(args.pairs * args.iterations)
     (config, count), dtype = read_config(args.model), machine.DTYPES[args.dtype]

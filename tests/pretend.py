@@ -307,6 +307,7 @@ def pretend(kind="cuda", memory=2**36, bfloat16=True):
                 (torch.mps, "driver_allocated_memory", lambda: 0),
                 (torch.backends.mps, "is_macos_or_newer", lambda *_: bfloat16)):
             stack.enter_context(mock.patch.object(owner, name, value))
+        stack.callback(torch.backends.cuda.enable_math_sdp, torch.backends.cuda.math_sdp_enabled())
         # Where checkpoint looks at a tensor's device, a function mode may be on or off.
         stack.enter_context(mock.patch.dict(
             torch.utils.checkpoint._allowed_determinism_checks_to_fns,
