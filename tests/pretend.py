@@ -233,7 +233,7 @@ class Played(TorchDispatchMode):
         away = [t for t in tensors if t not in gpu.here]
         if name in COPIES:
             if away and not (kwargs.get("non_blocking") or True in args[2:]):
-                gpu.wait("download" if args[0] in away else "upload")
+                gpu.wait("upload" if tree_leaves(args[0])[0] in gpu.here else "download")
             return
         if name in ("aten::index", "aten::index_put", "aten::index_put_"):
             away = self.indexed(args, away)
