@@ -130,7 +130,7 @@ class Linear(nn.Linear):
 
 
 # One decoder for all. Each family has what transformers takes where a config.json leaves a key out.
-# For a new family, see also Config, Block, config_from_json, weight_names.
+# For a new family, see also Config, Block, files.config_settings, weight_names.
 FAMILIES = {
     "llama": {},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8,
@@ -705,50 +705,9 @@ def read_config(name):
 
 def config_from_json(raw):
     """Config from a config.json's dict. Raises UserError for what Llama would compute wrongly."""
-    supported = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None),
-                 "mlp_bias": (False, None), "quantization_config": (None,)}
-    files.check_config(raw, FAMILIES, supported)
-    family = raw["model_type"]
-    raw = FAMILIES[family] | raw
-    # transformers 5 writes base and scaling into rope_parameters. What stands there wins.
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    scaling = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | scaling
-    llama3 = scaling.get("rope_type", scaling.get("type")) == "llama3"
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads")
-    try:
-        heads, architectures = raw["num_attention_heads"], raw.get("architectures") or []
-        config = Config(
-            **{key: raw[key] for key in sizes},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),  # transformers' default
-            rope_theta=float(theta),
-            rope_scaling={key: float(scaling[key]) for key in keys} if llama3 else None,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            score_head=any("SequenceClassification" in str(name) for name in architectures),
-            sliding_window=raw.get("sliding_window") if slides(raw) else None)
-        files.check_sizes(config)
-        return config
-    except KeyError as missing:
-        raise console.UserError(f"config.json lacks {missing}") from None
-    except (TypeError, ValueError, ZeroDivisionError):
-        raise console.UserError("config.json: a setting is not a usable number") from None
-
-
-def slides(raw):
-    """Has a layer a sliding window, by a config.json? All of Mistral's have, some of Qwen's may."""
-    if raw["model_type"] in ("llama", "mistral"):
-        return raw["model_type"] == "mistral"
-    some = raw["num_hidden_layers"] > raw.get("max_window_layers", 28)
-    if raw.get("layer_types"):
-        some = "sliding_attention" in raw["layer_types"]
-    return bool(raw.get("use_sliding_window")) and some
+    config = Config(**files.config_settings(raw, FAMILIES))
+    files.check_sizes(config)
+    return config
 
 
 def weight_names(config):

@@ -113,6 +113,55 @@ def fetch(name, patterns, kind="model"):
                         f"({one_line(error)}); offline, name a local {here} instead") from None
 
 
+def config_settings(raw, families):
+    """What model.Config needs of a config.json's dict. Raises UserError.
+
+    families: {model_type that our decoder can compute: what it takes for keys that are left out}.
+    """
+    supported = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None),
+                 "mlp_bias": (False, None), "quantization_config": (None,)}
+    check_config(raw, families, supported)
+    family = raw["model_type"]
+    raw = families[family] | raw
+    # transformers 5 writes base and scaling into rope_parameters. What stands there wins.
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    scaling = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | scaling
+    llama3 = scaling.get("rope_type", scaling.get("type")) == "llama3"
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads")
+    try:
+        heads, architectures = raw["num_attention_heads"], raw.get("architectures") or []
+        return {key: raw[key] for key in sizes} | {
+            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+            "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
+            "max_position_embeddings": raw.get("max_position_embeddings", 2048),
+            "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),  # transformers' default
+            "rope_theta": float(theta),
+            "rope_scaling": {key: float(scaling[key]) for key in keys} if llama3 else None,
+            "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+            "qkv_bias": family == "qwen2",
+            "qk_norm": family == "qwen3",
+            "score_head": any("SequenceClassification" in str(name) for name in architectures),
+            "sliding_window": raw.get("sliding_window") if slides(raw) else None,
+        }
+    except KeyError as missing:
+        raise UserError(f"config.json lacks {missing}") from None
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise UserError("config.json: a setting is not a usable number") from None
+
+
+def slides(raw):
+    """Has a layer a sliding window, by a config.json? All of Mistral's have, some of Qwen's may."""
+    if raw["model_type"] in ("llama", "mistral"):
+        return raw["model_type"] == "mistral"
+    some = raw["num_hidden_layers"] > raw.get("max_window_layers", 28)
+    if raw.get("layer_types"):
+        some = "sliding_attention" in raw["layer_types"]
+    return bool(raw.get("use_sliding_window")) and some
+
+
 def check_config(raw, families, supported):
     """Raise UserError for a config.json's dict that our decoder would compute wrongly.
 

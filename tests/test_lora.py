@@ -146,7 +146,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     (lambda f: with_tensors(f, lambda t: t.update({FIRST.format("A"): torch.zeros(3, 64)})),
      "q_proj has (inputs, rows) (64, 128); in"),
     (lambda f: with_tensors(f, lambda t: t.update({
-        FIRST.format(x).replace("layers.0", "layers.9"): t[FIRST.format(x)].clone() for x in "AB"})),
+        FIRST.format(x).replace(".0.", ".9."): t[FIRST.format(x)].clone() for x in "AB"})),
      "no such layer"),
     (lambda f: (f / "adapter_model.safetensors").unlink(), "missing, cut short"),
 ])
