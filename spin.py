@@ -126,7 +126,7 @@ def spin_gradients(player, pairs, ref, lam, args):
     different = [i for i, pair in enumerate(pairs) if pair.answer != pair.rival]
     constant = (len(pairs) - len(different)) * LOSS[args.loss](torch.zeros(())).item()
     found = []  # of each micro-batch, on the device: to read them now would be to wait for it
-    ref = ref[different]
+    ref = ref[different].to(player.embed.weight.device)
     for here, lp in pair_logprobs(player, [pairs[i] for i in different], args.micro_batch):
         loss = spin_loss(lp, ref[here], lam, args.loss).sum()
         (loss / len(pairs)).backward()
@@ -187,7 +187,7 @@ class Iteration(NamedTuple):
     rng_state: tuple  # of the game's rng at its beginning: a run that goes on shuffles as before
     chosen: list  # which of the data its own pairs are of
     pairs: list  # M Pairs: the last iteration's, and then its own
-    ref: torch.Tensor  # [M, 2]: their log-probabilities under p_t; None in sft
+    ref: torch.Tensor  # [M, 2]: their log-probabilities under p_t, on the CPU; None in sft
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,11 +258,14 @@ PART = 64  # so many pairs at a time: then a run can stop
 
 @torch.no_grad()
 def all_logprobs(model, pairs, micro_batch):
-    """log p(y|x) and log p(y'|x) of all pairs, [M, 2]. Of p_t: once an iteration, and kept."""
+    """log p(y|x) and log p(y'|x) of all pairs, [M, 2], on the CPU.
+
+    Of p_t: once an iteration, and kept.
+    """
     out = torch.zeros(len(pairs), 2, device=model.embed.weight.device)
     for here, lp in pair_logprobs(model, pairs, micro_batch):
         out[here] = lp
-    return out
+    return out.cpu()
 
 
 def rmsprop(player):
@@ -422,7 +425,7 @@ def go_on(run, game, args, optimizer):
     both = (chosen_data(game.data, args.pairs, t - 1) if t else []) + chosen
     rivals = tensors["rivals"].split(tensors["lengths"].tolist())  # of length 0: not yet answered
     pairs = [Pair(game.prompts[i], game.answers[i], y.tolist()) for i, y in zip(both, rivals)]
-    ref = tensors["ref"].to(args.device) if "ref" in tensors else None
+    ref = tensors.get("ref")
     rates = {name: {key.rpartition(".")[2]: value for key, value in tensors.items()
                     if key.startswith(f"rate.{name}.")} for name in run.facts["rates"]}
     it = Iteration(t, before, game.rng.getstate(), chosen, pairs, ref)

@@ -4,7 +4,7 @@
         model, tokenizer = llama.load(ROOT / "tiny", "cuda")
         llama.generate(model, prompts, generator=torch.Generator("cuda"))
     gpu.waits       # Counter: {"model.py generate: tolist": 8, ..}
-    gpu.operations  # the names of what ran on it: {"aten::mm", ..}
+    gpu.operations  # the names of what ran on it: {"mm", "add.Tensor", ..}
 
 Every tensor really is a CPU tensor. A table says which storages are on the pretend GPU; a result is
 where its arguments are. Two modes of PyTorch see all that happens:
@@ -74,8 +74,8 @@ class Gpu:
         self.copying = False  # in a copy between devices: its caller says where the result is
 
     def forget(self):
-        """Begin to count anew, on an idle GPU. Returns the waits so far."""
-        waits, self.waits, self.busy = self.waits, Counter(), False
+        """Begin to count anew, as if the GPU were at work. Returns the waits so far."""
+        waits, self.waits, self.busy = self.waits, Counter(), True
         return waits
 
     @contextlib.contextmanager
@@ -134,6 +134,7 @@ class Gpu:
                 self.wait("download" if there == CPU else "upload")
             with self.between():
                 out = tensor.to(dtype=dtype, copy=True)
+            self.busy |= there != CPU and non_blocking
         return self.put(out) if there == self.device else out
 
 
@@ -216,7 +217,7 @@ class Played(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         played = any(t in gpu.here for t in tensors)
         if played and not gpu.copying:
-            gpu.operations.add(name)
+            gpu.operations.add(str(func).removeprefix("aten.").removesuffix(".default"))
             self.check(func, name, args, kwargs, tensors)
             gpu.busy |= not (func.is_view or name in WAIT or "empty" in name)
         before = {t.untyped_storage()._cdata for t in tensors}

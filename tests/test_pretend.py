@@ -1,7 +1,9 @@
 """Both games on a pretend GPU (tests/pretend.py): no mixture of devices, and few waits for it."""
 import copy
 import inspect
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,7 +154,7 @@ def state_of(optimizer):
     ("cuda", ""), ("cuda", "--low-memory --dtype bfloat16"), ("cuda", "--lora 2"),
     ("cuda", "--game grpo"), ("mps", ""), ("mps", "--low-memory --dtype bfloat16 --lora 2")])
 def test_a_step_of_lsp_stays_on_its_device_and_hardly_waits(device, flags):
-    """The waits that docs/reliability.md names: one for each sampled token, and six a step.
+    """The waits that docs/reliability.md names: one for each sampled token, and seven a step.
 
     There are several micro-batches. None of them waits.
     """
@@ -164,15 +166,18 @@ def test_a_step_of_lsp_stays_on_its_device_and_hardly_waits(device, flags):
         players = [p for p in (played.challenger, played.solver) if p]
         tokens = sum(max(len(ids) for group in p.completions for ids in group) for p in players)
         expected = {"model.py generate: tolist": tokens, "learning.py take: item": 1,
+                    "model.py generate: upload": 1,  # behind the last step's optimizer
                     "selfplay.py as_player: download": len(players),
                     "selfplay.py gradients: tolist": len(players)}
+        offloaded = device == "cuda" and "--low-memory" in flags
         if game.judge:
             expected["rewards.py each_once: tolist"] = 1
+        if offloaded:  # behind the upload of the judge
+            expected["model.py padded: upload"] = 1
         assert gpu.forget() == expected
         trained = [*game.model.parameters(), *state_of(game.optimizer)]
         assert {t.device.type for t in trained} == {device}
         kept = {t.device.type for t in game.reference.parameters()}
-        offloaded = device == "cuda" and "--low-memory" in flags
         assert kept == {"cpu" if offloaded else device}
         assert not offloaded or all(p.is_pinned() for p in game.reference.parameters())
         assert played.reward.device.type == played.solver.logprobs.device.type == "cpu"
@@ -190,14 +195,16 @@ def test_judges_and_reward_models_stay_on_their_device(tmp_path, gpu):
     answers = [["a", "b b"]] * len(QUERIES)
     for frozen in (judge, reader.model):
         machine.offload(frozen)
+    grade = QualityReward(judge, tokenizer)
     gpu.forget()
-    assert QualityReward(judge, tokenizer)(QUERIES, answers).device.type == "cpu"
+    assert grade(QUERIES, answers).device.type == "cpu"
     assert reader(QUERIES, answers).device.type == "cpu"
-    assert gpu.forget() == {"rewards.py each_once: tolist": 2}
+    # An upload stands behind that of the model, which comes for the length of a call.
+    assert gpu.forget() == {"model.py padded: upload": 2, "rewards.py each_once: tolist": 2}
     written = WrittenQuality(judge, tokenizer, max_new_tokens=4)
     written.ids = lambda query, answer: tokenizer.chat([{"role": "user", "content": query}])
     assert written(QUERIES, answers).shape == (4, 2)
-    assert gpu.forget() == {"model.py generate: tolist": 4}
+    assert gpu.forget() == {"model.py generate: upload": 1, "model.py generate: tolist": 4}
     with machine.resident(judge):
         wins = evaluate.PairJudge(judge, tokenizer)(QUERIES, ["a"] * 4, ["b b"] * 4)
         assert last_states(judge, [[[1, 2], [1, 3]]]).device.type == "cuda"
@@ -250,10 +257,7 @@ def test_a_run_is_stopped_and_resumed_on_a_gpu(module, flags, device, tmp_path):
 
 @pytest.mark.parametrize("flags", ["", "--low-memory --dtype bfloat16", "--lora 2", "--game sft"])
 def test_an_update_of_spin_hardly_waits(flags, gpu):
-    """The waits that docs/reliability.md names: in spin four an update.
-
-    Two of them are short, uploads behind a small index.
-    """
+    """The waits that docs/reliability.md names: three an update, in several micro-batches."""
     args = spin.parse_args([*SPIN, "--device", "cuda", *flags.split()])
     game = spin.set_up(args)
     it = spin.new_iteration(game, args, 0, [], 0)
@@ -261,8 +265,9 @@ def test_an_update_of_spin_hardly_waits(flags, gpu):
     if args.game == "spin":
         it = spin.opponent_plays(game, args, it)
         tokens = max(len(pair.rival) for pair in it.pairs)
-        assert gpu.forget() == {"model.py generate: tolist": tokens, "model.py padded: upload": 1}
-        assert it.ref.device.type == "cuda"
+        assert gpu.forget() == {"model.py generate: upload": 1, "model.py generate: tolist": tokens,
+                                "model.py padded: upload": 1, "spin.py all_logprobs: download": 1}
+        assert it.ref.device.type == "cpu"
     optimizer = spin.rmsprop(game.player)
     updates = spin.player_trains(game, args, it, optimizer)
     next(updates)
@@ -270,16 +275,46 @@ def test_an_update_of_spin_hardly_waits(flags, gpu):
     next(updates)
     expected = {"learning.py take: item": 1}
     if args.game == "spin":
-        expected |= {"spin.py spin_gradients: upload": 1, "model.py padded: upload": 1,
-                     "spin.py spin_gradients: download": 1}
+        expected |= {"spin.py spin_gradients: upload": 1, "spin.py spin_gradients: download": 1}
     else:
-        expected["spin.py sft_gradients: tolist"] = 1
+        expected |= {"model.py padded: upload": 1, "spin.py sft_gradients: tolist": 1}
     assert gpu.forget() == expected
     assert {t.device.type for t in game.player.parameters()} == {"cuda"}
 
 
 # --------------------------------------------------------------------------------------------------
 # Which device, and what it can compute
+
+def without_mps(operations):
+    """Those of PyTorch's operations that have no kernel for mps, by its own list of kernels."""
+    torchgen = pytest.importorskip("torchgen", reason="a part of PyTorch's wheels")
+    path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    entries = re.split(r"^- func: ", path.read_text(encoding="utf-8"), flags=re.M)[1:]
+    known = {entry.partition("(")[0]: entry for entry in entries}
+
+    def has(name):
+        delegate = re.search(r"structured_delegate: (\S+)", known[name])
+        if delegate:
+            return has(delegate[1])
+        anywhere = re.search(r"^ .*\b(MPS|Composite\w+)\b.*:", known[name], flags=re.M)
+        return "dispatch:" not in known[name] or anywhere
+    return {name for name in operations if not has(name)}
+
+
+def test_apples_gpus_have_all_operations_of_both_games():
+    """By PyTorch's list. On mps attention is a kernel of its own, so the CPU's is left out."""
+    with pretend("mps") as gpu:
+        for flags in ((), ("--lora", "2", "--low-memory", "--dtype", "bfloat16")):
+            args, game = set_up(*flags, device="mps")
+            selfplay.step(game, args)
+        args = spin.parse_args([*SPIN, "--device", "mps"])
+        game = spin.set_up(args)
+        it = spin.opponent_plays(game, args, spin.new_iteration(game, args, 0, [], 0))
+        next(spin.player_trains(game, args, it, spin.rmsprop(game.player)))
+    used = {name for name in gpu.operations if not name.endswith(("_for_cpu", "_for_cpu_backward"))}
+    assert len(used) > 80 and without_mps(used) == set()
+    assert without_mps({"_scaled_dot_product_flash_attention_for_cpu", "add.Tensor"}) == {
+        "_scaled_dot_product_flash_attention_for_cpu"}
 
 def test_the_default_device_is_the_best_there_is(monkeypatch):
     for cuda, mps, best in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
