@@ -236,7 +236,7 @@ def without_seconds(rows):
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 @pytest.mark.parametrize("module, flags", [
-    (selfplay, (*LSP, "--steps", "3", "--eval-every", "2", "--low-memory")), (spin, SPIN)],
+    (selfplay, (*LSP, "--steps", "3", "--eval-every", "2", "--low-memory")), (spin, (*SPIN, "--lora", "2"))],
     ids=["lsp", "spin"])
 def test_a_run_is_stopped_and_resumed_on_a_gpu(module, flags, device, tmp_path):
     """It is the run of the CPU. To the bit on mps, which has the same attention and optimizer."""
