@@ -493,7 +493,7 @@ def parse_args(argv=None):
         help="of one MODEL: write the figures of every instruction there")
     add("--template-args", nargs="+", default=[], metavar="NAME=VALUE",
         help="variables of the chat template, with values in JSON")
-    add("--device", default=machine.DEVICE, help="cpu, cuda, ..")
+    add("--device", default=machine.DEVICE, help="cpu, cuda, mps, ..")
 
     add = command("duel", duel_command)
     add("model", metavar="MODEL", help="model folder, hub name, or run folder")
@@ -511,7 +511,7 @@ def parse_args(argv=None):
     add("--dtype", choices=list(machine.DTYPES), default="float32", help="of all models")
     add("--template-args", nargs="+", default=[], metavar="NAME=VALUE",
         help="variables of the chat template, with values in JSON")
-    add("--device", default=machine.DEVICE, help="cpu, cuda, ..")
+    add("--device", default=machine.DEVICE, help="cpu, cuda, mps, ..")
 
     add = command("report", report_command)
     add("run", nargs="+", metavar="RUN", help="run folders; several are laid over each other")
@@ -534,7 +534,7 @@ def main(argv=None):
     """The scoreboard's command line: score, duel or report."""
     args = parse_args(argv)
     if hasattr(args, "device"):
-        machine.check_device(args.device)
+        machine.check_dtype(machine.check_device(args.device), getattr(args, "dtype", "float32"))
     args.run_it(args)
 
 

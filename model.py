@@ -326,9 +326,15 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
     """
     if not all(prompts):
         raise console.UserError("cannot sample from an empty prompt")
-    device, vocab = model.embed.weight.device, model.config.vocab_size
+    device, ends = model.embed.weight.device, set(model.end_ids if end_ids is None else end_ids)
     N, M, P = len(prompts), len(prompts) * group, max(map(len, prompts))  # P: longest prompt
-    ends = torch.tensor(sorted(model.end_ids if end_ids is None else end_ids), device=device)
+
+    # Who goes on, and in which node, is counted in Python. So the CPU waits for the device once a
+    # token, for the sampled ids. What it then tells the device goes there while that is idle.
+    alive = list(range(M))  # the completions that still go on, A of them
+    node_of = [i // group for i in alive]  # the node of each
+    row = torch.tensor(node_of, device=device)  # [A]: the same
+    out, owner, chosen = [[] for _ in range(M)], [], []  # ids; who sampled each, log-probability
 
     # Prompts are padded on the left, so that all nodes append at the same place.
     pad = [P - len(p) for p in prompts]
@@ -344,32 +350,30 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
     x = model(ids, position, mask, cache)[:, -1]  # [B, D]: B nodes, at first the N prompts
     position = position[:, -1]  # [B]
 
-    out = torch.zeros(M, max_new_tokens, dtype=torch.long, device=device)
-    out_lp = torch.zeros(M, max_new_tokens, device=device)
-    length = torch.full((M,), max_new_tokens, device=device)
-    finished = torch.zeros(M, dtype=torch.bool, device=device)
-    alive = torch.arange(M, device=device)  # [A]: the completions that still go on
-    node_of = alive // group  # [A]: the node of each
     for t in range(max_new_tokens):
         logits = F.linear(x, model.head).float()  # [B, vocab]
         lp = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
         if temperature > 0:
-            token = torch.multinomial(lp.exp()[node_of], 1, generator=generator)[:, 0]
+            token = torch.multinomial(lp.exp()[row], 1, generator=generator)[:, 0]
         else:
-            token = lp.argmax(-1)[node_of]
-        out[alive, t], out_lp[alive, t] = token, lp[node_of, token]  # token [A]
-        ended = torch.isin(token, ends)
-        if ended.any():
-            finished[alive[ended]] = True
-            length[alive[ended]] = t + 1
-            alive, node_of, token = alive[~ended], node_of[~ended], token[~ended]
-        if len(alive) == 0 or t == max_new_tokens - 1:
-            break
+            token = lp.argmax(-1)[row]
+        chosen.append(lp[row, token])  # token [A]
+        owner += alive
+        sampled = token.tolist()
+        for i, own in zip(alive, sampled):
+            out[i].append(own)
         # A node and a token make a new node. Completions that agree in both share it.
-        key = node_of * vocab + token  # [A]: one integer names (node, token)
-        keys, node_of = key.unique(return_inverse=True)  # [B]: the new nodes
-        parent, token = keys // vocab, keys % vocab  # [B]: the token is now one a node
-        if not torch.equal(parent, torch.arange(len(x), device=device)):  # else all stay in place
+        pairs = [pair for pair in zip(node_of, sampled) if pair[1] not in ends]
+        alive = [i for i, own in zip(alive, sampled) if own not in ends]
+        if not alive or t == max_new_tokens - 1:
+            break
+        nodes = sorted(set(pairs))  # the new nodes, B of them: (parent, token)
+        number = {pair: i for i, pair in enumerate(nodes)}
+        node_of = [number[pair] for pair in pairs]
+        parents, tokens = zip(*nodes)
+        row, parent, token = torch.tensor([*node_of, *parents, *tokens], device=device).split(
+            [len(alive), len(nodes), len(nodes)])
+        if parents != tuple(range(len(x))):  # else all stay in place
             position, token_here = position[parent], token_here[parent]
             cache.keep(parent)
         position = position + 1
@@ -378,9 +382,10 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
             token_here = F.pad(token_here, (0, 1), value=True)
             mask = token_here[:, None, None, :]  # [B, 1, 1, S]
         x = model(token[:, None], position[:, None], mask, cache)[:, 0]  # [B, D]
-    sizes = length.tolist()
-    return Rollout([ids[:n] for ids, n in zip(out.tolist(), sizes)],
-                   [lp[:n] for lp, n in zip(out_lp, sizes)], finished.tolist())
+    # Log-probabilities stand step by step: put each completion's own together.
+    order = torch.tensor(sorted(range(len(owner)), key=owner.__getitem__), device=device)
+    logprobs = torch.cat(chosen)[order].split([len(ids) for ids in out])
+    return Rollout(out, list(logprobs), [ids[-1] in ends for ids in out])
 
 
 ROOM = 16384  # cached positions of one batch of sample_all: bounds its memory
@@ -427,7 +432,7 @@ class Packed(NamedTuple):
         ids        p q a b c      source  1 2 3   1 4        may look at   p q a b c
         positions  0 1 2 3 2      target  a b e   c e                  p   x
         segment    0 0 1 1 2      owner   0 0 0   1 1                  q   x x
-                                                                       a   x x x
+                                  here    0 1                          a   x x x
                                                                        b   x x x x
                                                                        c   x x     x
     """
@@ -437,6 +442,7 @@ class Packed(NamedTuple):
     source: torch.Tensor  # [n]: index into the B * T positions, of the state that predicts it
     target: torch.Tensor  # [n]: the tokens of all completions
     owner: torch.Tensor  # [n]: whose token, counted over all prompts' completions in order
+    here: torch.Tensor  # [u]: the different owners in ascending order
 
 
 def pack(prompts, completions, tokens=512, device="cpu", whole=False):
@@ -458,7 +464,7 @@ def pack(prompts, completions, tokens=512, device="cpu", whole=False):
             room = max(tokens // 2, len(prompt) + len(completion) - 1)
             full = row is not None and len(row.ids) + len(completion) - 1 > room
             if row is None or (full and not whole):  # a new row: a Packed of lists, not tensors yet
-                row = Packed([*prompt], [*range(len(prompt))], [0] * len(prompt), [], [], [])
+                row = Packed([*prompt], [*range(len(prompt))], [0] * len(prompt), [], [], [], [])
                 rows.append(row)
             _append(row, len(prompt), completion, owner)
             owner += 1
@@ -496,7 +502,8 @@ def _stack(rows, device):
     source = [[b * T + s for s in row.source] for b, row in enumerate(rows)]
     return Packed(padded([row.ids for row in rows], 0), padded([row.positions for row in rows], 0),
                   padded([row.segment for row in rows], -1), flat(source),
-                  flat([row.target for row in rows]), flat([row.owner for row in rows]))
+                  flat([row.target for row in rows]), flat([row.owner for row in rows]),
+                  flat([sorted({owner for row in rows for owner in row.owner})]))
 
 
 def states(model, packed):

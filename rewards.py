@@ -144,11 +144,14 @@ def last_states(model, rows, tokens=4096):
         prompts.append(group[0][:shared])
         # `states` gives the state before each token: an id added at the end makes it the last one.
         rests.append([row[shared:] + [0] for row in group])
-    out = model.embed.weight.new_zeros(sum(map(len, rows)), model.config.hidden_size)
-    for packed in pack(prompts, rests, tokens, out.device):
+    texts, packs = sum(map(len, rows)), pack(prompts, rests, tokens, model.embed.weight.device)
+    out = model.embed.weight.new_zeros(texts + 1, model.config.hidden_size)
+    for packed in packs:
         last = F.pad(packed.owner[1:] != packed.owner[:-1], (0, 1), value=True)  # the added ids
-        out[packed.owner[last]] = states(model, packed)[last]
-    return out
+        # All other states go into one row too many. To pick out the last ones with a boolean index
+        # would be to wait for the device.
+        out[packed.owner.where(last, texts)] = states(model, packed)
+    return out[:-1]
 
 
 def each_once(grade, answers):

@@ -88,12 +88,13 @@ def advantages(solver, challenger, normalise="centre"):
     return a_sol, a_ch
 
 
-def player_loss(lp, ref, owner, advantage, count, weight, beta, kl_form="k3"):
+def player_loss(lp, ref, owner, here, advantage, count, weight, beta, kl_form="k3"):
     """L_Sol or L_Ch over the completions of one micro-batch: {"loss", "policy", "kl"}.
 
         L = 1/M sum_u weight_u [ -pi/sg(pi) A_u + beta count_u KL_u ]         LSP section 2
 
     lp, ref [n]: log-probabilities of tokens under policy and reference. owner [n]: whose token.
+    here [u]: the different owners, the completions of this micro-batch.
     For each of the player's U different completions, in this micro-batch or not: advantage [U], the
     sum over its copies; count [U], how many copies; weight [U], see AGGREGATE. (A_u is of all
     copies already. KL_u is of one copy, so it is multiplied by count_u.)
@@ -106,8 +107,7 @@ def player_loss(lp, ref, owner, advantage, count, weight, beta, kl_form="k3"):
     policy = -ratio * advantage  # [U]
     kl = zeros.index_add(0, owner, KL[kl_form](ref - lp))  # [U]
     loss = weight * (policy + beta * count * kl)  # [U]
-    # Only completions of this micro-batch count; the others have no tokens here.
-    M, here = count.sum(), owner.unique()
+    M = count.sum()  # only completions of this micro-batch count: the others have no tokens here
     return {"loss": loss[here].sum() / M,
             "policy": (weight * policy)[here].detach().sum() / M,
             "kl": (count * kl)[here].detach().sum()}
@@ -280,44 +280,47 @@ def gradients(game, player, advantage, beta, args, alpha=1.0):
     """
     crew, device = game.crew, game.model.cos.device
     prompts, completions = crew.share(player.prompts), crew.share(player.completions)
-    different, count, sum_copies = fold(completions, device)
+    different, count, sum_copies = fold(completions)
     lengths = torch.tensor([float(len(ids)) for group in player.completions for ids in group])
     weight = crew.share(AGGREGATE[args.aggregate](lengths))  # [M]
     weight = sum_copies(weight) / count  # [U]: copies have the same weight
     advantage = sum_copies(crew.share(advantage).flatten())  # [U]
 
     packs = pack(prompts, different, args.micro_batch, device)
+    advantage, count, weight = advantage.to(device), count.to(device), weight.to(device)
     with torch.no_grad(), machine.resident(game.reference):
         refs = [logprobs(game.reference, packed, args.temperature) for packed in packs]
-    sums = {"loss": 0.0, "policy": 0.0, "kl": 0.0}
+    figures = []  # of each micro-batch, on the device: to read them now would be to wait for it
     # active: False for a micro-batch that is only repeated, to keep the processes together.
     for (packed, ref), active in crew.in_step(list(zip(packs, refs))):
         lp = logprobs(game.model, packed, args.temperature)
-        terms = player_loss(lp, ref, packed.owner, advantage, count, weight, beta, args.kl_form)
+        terms = player_loss(lp, ref, packed.owner, packed.here, advantage, count, weight, beta,
+                            args.kl_form)
         (active * alpha * terms["loss"]).backward()
-        for name in sums:
-            sums[name] += active * terms[name].item()
-    sums = {name: sum(crew.all(value)) for name, value in sums.items()}
-    return {"loss": sums["loss"] / crew.size, "policy": sums["policy"] / crew.size,
-            "kl": sums["kl"] / lengths.sum().item()}
+        if active:
+            figures.append(torch.stack([term.detach() for term in terms.values()]))
+    sums = [sum(crew.all(sum(values))) for values in zip(*torch.stack(figures).tolist())]
+    loss, policy, kl = sums
+    return {"loss": loss / crew.size, "policy": policy / crew.size,
+            "kl": kl / lengths.sum().item()}
 
 
-def fold(completions, device="cpu"):
+def fold(completions):
     """Each group's equal completions as one: (different, count [U], sum_copies).
 
     Equal completions have equal log-probabilities, so their advantages can be added up and the
     completion computed once: the same loss and gradient for less work. Example, one group a, b, a:
         different [[a, b]]    count [2, 1]    sum_copies([1., 2., 3.]) = [4., 2.]
-    sum_copies: a function that adds up the values of copies, [M] -> [U].
+    sum_copies: a function that adds up the values of copies, [M] -> [U], on the CPU.
     """
     different = [list(dict.fromkeys(map(tuple, group))) for group in completions]
     keys = [(i, ids) for i, group in enumerate(different) for ids in group]
     index = {key: u for u, key in enumerate(keys)}
     which = torch.tensor([index[i, tuple(ids)] for i, group in enumerate(completions)
-                          for ids in group], device=device)  # [M]
+                          for ids in group])  # [M]
 
     def sum_copies(values):
-        return torch.zeros(len(keys), device=device).index_add(0, which, values.to(device))
+        return torch.zeros(len(keys)).index_add(0, which, values)
     return different, sum_copies(torch.ones(len(which))), sum_copies
 
 
@@ -458,6 +461,7 @@ def refuse(args, real):
 
 def set_up(args, device, crew=machine.Crew()):
     """The Game of these settings: models loaded, referee and judge ready. Raises UserError."""
+    machine.check_dtype(device, args.dtype)
     dtype, alone = machine.DTYPES[args.dtype], crew.size == 1
     template = args.date, console.assignments(args.template_args)
     # Data, referee and pay first: what is wrong with them shows before a large model is loaded.

@@ -133,17 +133,20 @@ def spin_gradients(player, pairs, ref, lam, args, crew=machine.Crew()):
     """
     different = [i for i, pair in enumerate(pairs) if pair.answer != pair.rival]
     constant = (len(pairs) - len(different)) * LOSS[args.loss](torch.zeros(())).item()
-    total = torch.tensor([constant / crew.size, 0.0, 0.0, 0.0, 0.0])
-    ref = crew.share(ref[different])
+    found = []  # of each micro-batch, on the device: to read them now would be to wait for it
+    ref = crew.share(ref[different]).to(player.embed.weight.device)
     for here, lp in pair_logprobs(player, [pairs[i] for i in different], args.micro_batch, crew):
         loss = spin_loss(lp, ref[here], lam, args.loss).sum()
         (crew.size * loss / len(pairs)).backward()
         margin = spin_margin(lp.detach(), ref[here], lam)  # [n]
         figures = [loss.detach(), margin.sum(), (margin > 0).sum(), *lp.detach().sum(0)]
-        total += torch.stack(figures).cpu()
-    total = sum(crew.all(total))
+        found.append(torch.stack(figures))
+    total = torch.tensor([constant / crew.size, 0.0, 0.0, 0.0, 0.0])
     if not different:
-        return {"loss": total[0].item() / len(pairs)}
+        return {"loss": torch.tensor(constant).item() / len(pairs)}
+    for figures in torch.stack(found).cpu():
+        total += figures
+    total = sum(crew.all(total))
     mean = total / torch.tensor([len(pairs)] + 4 * [len(different)])
     names = ("loss", "margin", "accuracy", "logprob_answer", "logprob_rival")
     return dict(zip(names, mean.tolist()))
@@ -154,13 +157,13 @@ def sft_gradients(player, pairs, args, crew=machine.Crew()):
 
     Returns {"loss", "logprob_answer"}. Several processes: as in spin_gradients.
     """
-    tokens, total = sum(len(p.answer) for p in pairs), 0.0
+    tokens, losses = sum(len(p.answer) for p in pairs), []
     rows = [(p.prompt, [p.answer]) for p in pairs]
     for packed, active in shared_packs(player, rows, args.micro_batch, crew):
         loss = active * -logprobs(player, packed).sum() / tokens
         (crew.size * loss).backward()
-        total += loss.item()
-    total = sum(crew.all(total))
+        losses.append(loss.detach())
+    total = sum(crew.all(sum(torch.stack(losses).tolist())))
     return {"loss": total, "logprob_answer": -total * tokens / len(pairs)}
 
 
@@ -193,7 +196,7 @@ class Iteration(NamedTuple):
     rng_state: tuple  # of the game's rng at its beginning: a run that goes on shuffles as before
     chosen: list  # which of the data its own pairs are of
     pairs: list  # M Pairs: the last iteration's, and then its own
-    ref: torch.Tensor  # [M, 2]: their log-probabilities under p_t; None in sft
+    ref: torch.Tensor  # [M, 2]: their log-probabilities under p_t, on the CPU; None in sft
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,8 +271,8 @@ def pair_logprobs(model, pairs, micro_batch, crew=machine.Crew()):
     for packed, active in shared_packs(model, rows, micro_batch, crew):
         lp = logprobs(model, packed)
         total = torch.zeros(2 * len(pairs), device=lp.device).index_add(0, packed.owner, lp)
-        # Whole groups: no pair lies in two micro-batches.
-        here = (packed.owner // 2).unique()[:None if active else 0]
+        here = packed.here[::2] // 2  # whole groups: no pair lies in two micro-batches
+        here = here if active else here[:0]
         yield here, total.view(-1, 2)[here]
 
 
@@ -278,7 +281,7 @@ PART = 64  # so many pairs of each process at a time: then a run can stop
 
 @torch.no_grad()
 def all_logprobs(model, pairs, micro_batch, crew=machine.Crew()):
-    """log p(y|x) and log p(y'|x) of all pairs, [M, 2]. Of p_t: once an iteration, and kept.
+    """log p(y|x) and log p(y'|x) of all pairs, [M, 2], on the CPU. Of p_t: once an iteration.
 
     A model that is shared out must be machine.resident: else it would stay gathered in part, and an
     optimizer made then would hold weights that get no gradient.
@@ -286,7 +289,7 @@ def all_logprobs(model, pairs, micro_batch, crew=machine.Crew()):
     out = torch.zeros(len(crew.share(pairs)), 2, device=model.embed.weight.device)
     for here, lp in pair_logprobs(model, pairs, micro_batch, crew):
         out[here] = lp
-    return crew.merged(out.cpu()).to(out.device)
+    return crew.merged(out.cpu())
 
 
 def rmsprop(player):
@@ -377,6 +380,7 @@ def parse_args(argv=None):
 def set_up(args):
     """The Game of these settings: model loaded, data encoded, nothing played. Raises UserError."""
     crew, device = machine.join(args.device)
+    machine.check_dtype(device, args.dtype)
     rows, held = data.read_both(args)
     rows = rows or language_data(args.pairs * args.iterations)
     (config, count), dtype = read_config(args.model), machine.DTYPES[args.dtype]
@@ -454,7 +458,7 @@ def go_on(run, game, args, optimizer):
     both = (chosen_data(game.data, args.pairs, t - 1) if t else []) + chosen
     rivals = tensors["rivals"].split(tensors["lengths"].tolist())  # of length 0: not yet answered
     pairs = [Pair(game.prompts[i], game.answers[i], y.tolist()) for i, y in zip(both, rivals)]
-    ref = tensors["ref"].to(game.generator.device) if "ref" in tensors else None
+    ref = tensors.get("ref")
     rates = {name: {key.rpartition(".")[2]: value for key, value in tensors.items()
                     if key.startswith(f"rate.{name}.")} for name in run.facts["rates"]}
     it = Iteration(t, before, game.rng.getstate(), chosen, pairs, ref)

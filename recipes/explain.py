@@ -32,9 +32,10 @@ def token_logprobs(model, prompts, completions, micro_batch, temperature=1.0):
     """log p of every token: one tensor [tokens] for each completion, in order."""
     packs = pack(prompts, completions, micro_batch, model.cos.device)
     with torch.no_grad(), machine.resident(model):
-        lp = torch.cat([logprobs(model, packed, temperature) for packed in packs]).double()
-    owner = torch.cat([packed.owner for packed in packs])
-    return [lp[owner == m].cpu() for m in range(sum(map(len, completions)))]
+        lp = torch.cat([logprobs(model, packed, temperature) for packed in packs])
+    lp = lp.cpu().double()  # in this order: Apple's GPUs know no float64
+    owner = torch.cat([packed.owner for packed in packs]).cpu()
+    return [lp[owner == m] for m in range(sum(map(len, completions)))]
 
 
 def check(norm):

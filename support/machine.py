@@ -17,7 +17,16 @@ import torch.distributed as dist
 from support.console import UserError, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the default of --device
+
+
+def best_device():
+    """The default of --device: an NVIDIA or AMD GPU, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+DEVICE = best_device()
 
 
 def check_device(name):
@@ -30,6 +39,16 @@ def check_device(name):
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: no such device here ({one_line(error)})") from None
     return name
+
+
+def check_dtype(device, dtype):
+    """Raise UserError where a device cannot compute in a dtype, a name of DTYPES."""
+    kind = torch.device(device).type
+    able = {"cuda": torch.cuda.is_bf16_supported,
+            "mps": lambda: torch.backends.mps.is_macos_or_newer(14, 0)}
+    if dtype == "bfloat16" and kind in able and not able[kind]():
+        needs = "macOS 14" if kind == "mps" else "a newer GPU"
+        raise UserError(f"--dtype bfloat16 on {device} needs {needs}: leave it out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,6 +258,8 @@ def free_memory(device):
     """Free bytes on a device, or None where that cannot be told."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if torch.device(device).type == "mps":  # a part of the machine's one memory
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text(encoding="utf-8").splitlines() if meminfo.is_file() else []
     for line in lines:

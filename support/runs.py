@@ -71,7 +71,7 @@ SETTINGS = [
     ("--low-memory", bool, False, False,
      "compute activations again in the backward pass; on a GPU, also keep frozen models in CPU "
      "memory while they are not asked: less memory, more time"),
-    ("--device", str, DEVICE, DEVICE, "cpu, cuda, .."),
+    ("--device", str, DEVICE, DEVICE, "cpu, cuda, mps, .."),
 ]
 
 

@@ -6,7 +6,6 @@
 The tracker is PyTorch's own (MemTracker). It runs a real step of our code on fake tensors, which
 have shapes and no contents: so a model of 7 billion weights takes seconds on a laptop.
 """
-import argparse
 import sys
 from pathlib import Path
 from unittest import mock

@@ -49,7 +49,9 @@ def updates(crew, aggregate):
     with torch.no_grad():
         for p in reference.parameters():
             p.mul_(1.01)
-    if crew.size > 1:  # both compute in float32, on the CPU
+    if aggregate == "lora":  # each process has all frozen weights
+        llama.adapt(model, 4)
+    elif crew.size > 1:  # both compute in float32, on the CPU
         machine.shard(model)
         machine.shard(reference)
     # As if each process had played its share of the queries: see selfplay.play.
@@ -61,7 +63,7 @@ def updates(crew, aggregate):
         optimizer=learning.optimizer_for(model, torch.optim.SGD, lr=0.1),
         referee=lambda q, a: crew.share(reward), judge=lambda q, a: crew.share(quality),
         pay=selfplay.PAY["minimax"])
-    args.aggregate = aggregate
+    args.aggregate = "sum" if aggregate == "lora" else aggregate
     for _ in range(2):
         step = selfplay.step(own, args)
     folder = f"{crew.size}-{aggregate}"
@@ -82,13 +84,15 @@ pairs = [spin.Pair(tokenizer.chat(row.messages), known[i], known[i - (i not in (
 
 
 def pair_updates(crew, name):
-    model = copy.deepcopy(tiny)
-    if crew.size > 1:
+    model, game = copy.deepcopy(tiny), "spin" if name == "spin with lora" else name
+    if game != name:
+        llama.adapt(model, 4)
+    elif crew.size > 1:
         machine.shard(model)
     own = spin.Game(**dict.fromkeys(spin.Game._fields) | {
         "player": model, "tokenizer": tokenizer, "data": data, "rng": random.Random(0),
         "crew": crew})
-    args = spin.parse_args(["--model", sys.argv[1], "--game", name, "--device", "cpu", "--batch",
+    args = spin.parse_args(["--model", sys.argv[1], "--game", game, "--device", "cpu", "--batch",
                             "5", "--epochs", "2", "--lr", "0.1", "--micro-batch", "96"])
     with machine.resident(model):
         ref = spin.all_logprobs(model, pairs, args.micro_batch, crew)
@@ -104,9 +108,9 @@ def pair_updates(crew, name):
 
 
 def everything(crew):
-    for aggregate in ("sum", "token"):
+    for aggregate in ("sum", "token", "lora"):
         updates(crew, aggregate)
-    for name in ("spin", "sft"):
+    for name in ("spin", "sft", "spin with lora"):
         pair_updates(crew, name)
 
 
@@ -199,9 +203,9 @@ def counted_answers(*args):
     print(f"process {crew.rank}: {calls['batch']} batches, seed {seed}", file=said, flush=True)
 
 
-def counted_take(optimizer):
+def counted_take(optimizer, crew):
     count("update")
-    return take(optimizer)
+    return take(optimizer, crew=crew)
 
 
 machine.join, learning.take, spin.opponent_answers = join, counted_take, counted_answers
@@ -378,7 +382,7 @@ def test_the_same_updates_as_one_process(jobs, tiny):
     folder, process = jobs["updates"]
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    for aggregate in ("sum", "token"):
+    for aggregate in ("sum", "token", "lora"):
         alone, _ = llama.load(folder / f"1-{aggregate}")
         figures = torch.load(folder / f"1-{aggregate}" / "figures.pt")
         norm = figures.pop("norm")
@@ -400,7 +404,7 @@ def test_the_same_updates_on_pairs_as_one_process(jobs, tiny):
     folder, process = jobs["updates"]
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    for name in ("spin", "sft"):
+    for name in ("spin", "sft", "spin with lora"):
         alone, _ = llama.load(folder / f"1-{name}")
         assert distance(alone, tiny[0]) > 1e-3
         ref, figures = json.loads((folder / f"1-{name}" / "figures.json").read_text())

@@ -372,7 +372,7 @@ def test_a_row_is_packed_as_its_docstring_draws_it(small):
     packed, = pack([[p, q]], [[[a, b, e], [c, e]]])
     assert [field.tolist() for field in packed] == [
         [[p, q, a, b, c]], [[0, 1, 2, 3, 2]], [[0, 0, 1, 1, 2]],
-        [1, 2, 3, 1, 4], [a, b, e, c, e], [0, 0, 0, 1, 1]]
+        [1, 2, 3, 1, 4], [a, b, e, c, e], [0, 0, 0, 1, 1], [0, 1]]
     lines = DRAWN.strip("\n").splitlines()
     assert all(f"{line.strip()}\n" in Packed.__doc__ for line in lines)
     drawn = [[line[i:i + 1] == "x" for i in range(4, 13, 2)] for line in lines[1:]]

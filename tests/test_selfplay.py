@@ -113,7 +113,7 @@ ADVANTAGE = torch.tensor([1.0, -1.0])
 def loss_and_gradient(beta, kl="k3", aggregate="sum"):
     lp = LP.clone().requires_grad_()
     weight = AGGREGATE[aggregate](torch.tensor([2.0, 1.0]))  # by the completions' lengths
-    terms = player_loss(lp, REF, OWNER, ADVANTAGE, torch.ones(2), weight, beta, kl)
+    terms = player_loss(lp, REF, OWNER, OWNER.unique(), ADVANTAGE, torch.ones(2), weight, beta, kl)
     terms["loss"].backward()
     return terms["loss"].item(), lp.grad, terms["kl"].item()
 
@@ -159,8 +159,8 @@ def test_literal_kl_does_nothing_in_the_mean_and_k3_does():
         lp = logits.log_softmax(-1)
         every = []
         for t in range(6):
-            terms = player_loss(lp[t:t + 1], ref[t:t + 1], torch.tensor([0]), torch.zeros(1),
-                                torch.ones(1), torch.ones(1), 1.0, kl)
+            terms = player_loss(lp[t:t + 1], ref[t:t + 1], torch.tensor([0]), torch.tensor([0]),
+                                torch.zeros(1), torch.ones(1), torch.ones(1), 1.0, kl)
             every.append(terms["loss"])
         # The expectation over samples is computed from the probabilities; nothing is sampled.
         mean = (torch.stack(every) * lp.exp().detach()).sum()
@@ -204,8 +204,8 @@ def test_the_terms_of_the_loss_add_up(kl_form):
     advantage, count = torch.tensor([2.0, -1.0]), torch.tensor([3.0, 1.0])  # M = 4
 
     def terms(tokens):
-        found = player_loss(LP[tokens], REF[tokens], OWNER[tokens], advantage, count,
-                            torch.ones(2), 0.1, kl_form)
+        found = player_loss(LP[tokens], REF[tokens], OWNER[tokens], OWNER[tokens].unique(),
+                            advantage, count, torch.ones(2), 0.1, kl_form)
         return {name: term.item() for name, term in found.items()}
     whole = terms(OWNER >= 0)
     assert whole["policy"] == pytest.approx(-(2 - 1) / 4)

@@ -286,7 +286,7 @@ def test_the_learning_rate_rises_and_falls_in_each_iteration(tiny, pairs, monkey
         batches.append((pairs, lam))
         return {}
     monkeypatch.setattr(spin, "spin_gradients", gradients)
-    monkeypatch.setattr(spin.learning, "take", lambda optimizer: 1.0)
+    monkeypatch.setattr(spin.learning, "take", lambda optimizer, crew: 1.0)
     monkeypatch.setattr(spin.learning, "set_rate", lambda optimizer, lr: used.append(lr))
 
     def trained(done):
