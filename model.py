@@ -118,7 +118,7 @@ class Linear(nn.Linear):
             return y
         more = [F.linear(F.linear(x, self.A[name]), self.B[name]) if name in self.A
                 else x.new_zeros(*x.shape[:-1], rows) for name, rows in self.parts.items()]
-        return y + self.scale * torch.cat(more, dim=-1)
+        return y.add_(torch.cat(more, dim=-1), alpha=self.scale)  # in place: it is large
 
     def merged(self, A, B, scale):
         """W + scale * B A, [rows, in], computed in float32. A, B: {part: matrix}, on any device."""
@@ -235,6 +235,8 @@ class Llama(nn.Module):
         x = self.embed(ids)  # [B, T, D]
         cos = self.cos[positions][:, None].to(x.dtype)  # [B or 1, 1, T, C/2]
         sin = self.sin[positions][:, None].to(x.dtype)
+        if mask is not None:  # once for all layers, as what is added to a score
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)
         again = self.recompute and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks):
             inputs = (x, cos, sin, mask, cache, layer)

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import evaluate
 from model import ROOM, Llama, adapt, generate, groups, load, logprobs, pack, read_config, save
 from rewards import QualityReward, WrittenQuality, load_referee, truth_of
-from support import console, data, files, learning, machine, record, referees, report, runs
+from support import console, data, files, learning, machine, memory, record, referees, report, runs
 from support.text import Tokenizer
 from tiny import language
 
@@ -472,7 +472,8 @@ def set_up(args, device, crew=machine.Crew()):
         reads = [(lambda row: tokenizer.chat(row.messages), read_config(args.model)[0].context)]
         (rows, first), (held, second) = (data.fitting(args, x, reads) for x in (rows, held))
         longest = max(longest, first, second)
-    machine.check_memory(plan(args, crew, longest), device, args.dry_run, crew.size)
+    memory.check(lambda other, processes: plan(runs.changed(args, other), processes, longest),
+                 device, args.dry_run, crew.size, runs.savings(args))
     config, count = read_config(args.model)
     trained = config.adapter_size(args.lora, args.lora_targets) if args.lora else count
     runs.check_disk(args, count, trained, optimizer_floats=2, models=1)
@@ -545,20 +546,21 @@ def load_judgement(args, device, dtype, template, rows, held):
     return referee, [part for part in parts if hasattr(part, "ids")], pay
 
 
-def plan(args, crew=machine.Crew(), longest=None):
-    """The memory_plan of these settings, for each process, before any weights are loaded.
+def plan(args, processes=1, longest=None):
+    """The memory.plan of these settings, for each process, before any weights are loaded.
 
     longest: tokens of the longest prompt.
     """
     config, own = read_config(args.model)
+    adapters = config.adapter_size(args.lora, args.lora_targets) if args.lora else None
     asked = [read_config(name)[1] for name in files.reward_models(args.reward)]
-    offloaded = args.low_memory and args.device.startswith("cuda")
-    positions = (longest or args.query_tokens + 64) + args.answer_tokens
-    sampled = max(args.queries * args.answers * positions, ROOM * (args.judge == "written"))
-    return machine.memory_plan(config, machine.DTYPES[args.dtype], own, optimizer_floats=2,
-                               rows=1, positions=sampled, tokens=args.micro_batch,
-                               recompute=args.low_memory, frozen=[own, *asked],
-                               offloaded=offloaded, processes=crew.size)
+    cuda, games = args.device.startswith("cuda"), args.queries * args.answers
+    positions = games * ((longest or args.query_tokens + 64) + args.answer_tokens)
+    return memory.plan(config, machine.DTYPES[args.dtype], own, optimizer_floats=2,
+                       positions=max(positions, ROOM * (args.judge == "written")),
+                       tokens=args.micro_batch, adapters=adapters, sampled=games,
+                       recompute=args.low_memory, frozen=asked if args.lora else [own, *asked],
+                       offloaded=args.low_memory and cuda, processes=processes, fused=cuda)
 
 
 def dry_run(game, args):

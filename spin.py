@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import evaluate
 from model import ROOM, Llama, adapt, groups, load, logprobs, pack, read_config, sample_parts, save
-from support import console, data, learning, machine, record, report, runs
+from support import console, data, learning, machine, memory, record, report, runs
 from support.text import Tokenizer
 from tiny import language
 
@@ -335,6 +335,8 @@ SETTINGS = [
      "peak learning rate of RMSProp; one number an iteration, as --lam (with --lora: ten times as "
      "much)"),
     *runs.SETTINGS,
+    ("--dry-run", bool, False, False,
+     "only say what memory and disk these settings need; save nothing"),
 ]
 
 
@@ -383,13 +385,8 @@ def set_up(args):
     machine.check_dtype(device, args.dtype)
     rows, held = data.read_both(args)
     rows = rows or language_data(args.pairs * args.iterations)
-    (config, count), dtype = read_config(args.model), machine.DTYPES[args.dtype]
-    trained = config.adapter_size(args.lora, args.lora_targets) if args.lora else count
-    plan = machine.memory_plan(config, dtype, count, optimizer_floats=1, rows=crew.size,
-                               positions=ROOM, tokens=args.micro_batch, recompute=args.low_memory,
-                               processes=crew.size)
-    machine.check_memory(plan, device, processes=crew.size)
-    runs.check_disk(args, count, trained, optimizer_floats=1, models=args.iterations + 1)
+    check_room(args, device, crew)
+    config, dtype = read_config(args.model)[0], machine.DTYPES[args.dtype]
     variables = console.assignments(args.template_args)
     # Several processes share the weights out, and each begins with all of them on the CPU. (With
     # LoRA each has the whole frozen model.)
@@ -418,6 +415,26 @@ def set_up(args):
         machine.shard(player, device, dtype)
     return Game(player, tokenizer, rows, prompts, answers, cut, generator, rng, start,
                 [ids for _, ids in held][:args.eval_items], crew)
+
+
+def check_room(args, device, crew=machine.Crew()):
+    """Raise UserError where memory or disk will not do. --dry-run: print what both need."""
+    memory.check(lambda other, processes: plan(runs.changed(args, other), processes), device,
+                 args.dry_run, crew.size, runs.savings(args))
+    config, count = read_config(args.model)
+    trained = config.adapter_size(args.lora, args.lora_targets) if args.lora else count
+    runs.check_disk(args, count, trained, optimizer_floats=1, models=args.iterations + 1)
+
+
+def plan(args, processes=1):
+    """The memory.plan of these settings, for each process, before any weights are loaded."""
+    config, count = read_config(args.model)
+    adapters = config.adapter_size(args.lora, args.lora_targets) if args.lora else None
+    return memory.plan(config, machine.DTYPES[args.dtype], count, optimizer_floats=1,
+                       positions=ROOM * processes,  # each process samples its own batches
+                       tokens=args.micro_batch, adapters=adapters,
+                       sampled=processes * ROOM // args.answer_tokens, recompute=args.low_memory,
+                       processes=processes, fused=args.device.startswith("cuda"))
 
 
 def new_iteration(game, args, t, last, before):
@@ -605,6 +622,8 @@ def announce(run, game, args):
 def main(argv=None):
     """Play: the opponent answers, the player trains, and is the next opponent."""
     args = parse_args(argv)
+    if args.dry_run:
+        return check_room(args, machine.check_device(args.device))
     game = set_up(args)
     crew = game.crew
     if crew.rank:

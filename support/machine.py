@@ -1,4 +1,4 @@
-"""The machine: devices, several processes that share one model (FSDP2), memory.
+"""The machine: devices, and several processes that share one model (FSDP2).
 
 Several processes: `torchrun --nproc-per-node 8 -- selfplay.py ..`, or spin.py. Each process plays
 its share of a step's games, or of a batch of pairs. Weights, gradients and optimizer state are
@@ -8,7 +8,6 @@ training.
 import os
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -209,97 +208,3 @@ def resident(model):
     finally:
         for p, data in zip(model.parameters(), home):
             p.data = data
-
-
-# --------------------------------------------------------------------------------------------------
-# Memory
-
-def memory_plan(config, dtype, parameters, optimizer_floats, rows, positions, tokens,
-                recompute=False, chunk=1024, frozen=(), offloaded=False, processes=1):
-    """{use: bytes} of a training run, before anything is loaded.
-
-    First what stays, then what comes and goes.
-
-    config: sizes by their names in config.json. parameters: how many weights the model has.
-    optimizer_floats: float32 numbers a weight that the optimizer keeps (AdamW 2, RMSProp 1).
-    rows, positions: of the largest sampling batch. tokens: of a micro-batch.
-    recompute: activations are computed again in the backward pass.
-    frozen: weights of each model that is only asked, the reference first. offloaded: those come one
-    at a time. processes: the plan is that of each. They share out the float32 weights of player and
-    reference, the gradients and the optimizer. Each gathers one of the two models at a time.
-    """
-    c, size = config, dtype.itemsize
-    width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    # Numbers a token that one layer keeps for the backward pass.
-    layer = 6 * c.hidden_size + 4 * width + 4 * kv_width + 5 * c.intermediate_size
-    if recompute:
-        kept = c.num_hidden_layers * c.hidden_size + layer
-    else:
-        kept = c.num_hidden_layers * layer
-    cache = 2 * c.num_hidden_layers * rows * positions * kv_width * size
-    logits = 3 * 4 * min(chunk, tokens) + (4 + 2 * size) * c.hidden_size  # with the head's gradient
-    asked = (max if offloaded else sum)([0, *frozen]) * size
-    if processes > 1:
-        cache //= processes
-        asked = sum(4 * n // processes for n in frozen[:1]) + sum(frozen[1:]) * size
-    return {
-        "weights": parameters * size,
-        "float32 masters": 4 * parameters // processes if size < 4 or processes > 1 else 0,
-        "gradients": 4 * parameters // processes,
-        "optimizer": 4 * optimizer_floats * parameters // processes,
-        "frozen models": asked,
-        "cache": 2 * cache,  # twice: rows that leave are copied
-        "activations": tokens * kept * size,
-        "logits": logits * c.vocab_size,
-    }
-
-
-def free_memory(device):
-    """Free bytes on a device, or None where that cannot be told."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if torch.device(device).type == "mps":  # a part of the machine's one memory
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text(encoding="utf-8").splitlines() if meminfo.is_file() else []
-    for line in lines:
-        if line.startswith("MemAvailable"):
-            return 1024 * int(line.split()[1])
-    return None
-
-
-def most_memory(plan):
-    """Bytes of a memory_plan at their peak.
-
-    Sampling (the cache) and training (gradients, activations, logits) never happen at once.
-    """
-    training = plan["gradients"] + plan["activations"] + plan["logits"]
-    return sum(plan.values()) - min(plan["cache"], training)
-
-
-def check_memory(plan, device, show=False, processes=1):
-    """Raise UserError if a memory_plan cannot fit. show: print the plan.
-
-    processes: so many play on this machine. On the CPU all of their plans must fit. With GPUs, each
-    process first holds a model whole in the CPU's memory, as in the file and in float32.
-    """
-    total, free, gib = most_memory(plan), free_memory(device), 2**30
-    here = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-    if torch.device(device).type == "cpu":
-        total *= here
-    elif here > 1:
-        parameters = plan["gradients"] * processes // 4
-        begin, host = 6 * here * parameters, free_memory("cpu")
-        if host is not None and begin > host:
-            raise UserError(f"{here} processes first load the model whole, about "
-                            f"{begin / gib:.1f} GiB of CPU memory in all, and {host / gib:.1f} GiB "
-                            "are free: try fewer processes on this machine")
-    if show:
-        for use, size in plan.items():
-            print(f"    {use:<18}{size / gib:9.2f} GiB")
-        rest = f" of {free / gib:.2f} GiB free on {device}" if free else ""
-        print(f"    {'at the most':<18}{total / gib:9.2f} GiB{rest}")
-    if free is not None and total > free:
-        raise UserError(f"this needs about {total / gib:.1f} GiB, and {free / gib:.1f} GiB are "
-                        f"free on {device}: try --dtype bfloat16, --low-memory, a smaller "
-                        "--micro-batch, fewer games or a smaller model")

@@ -121,6 +121,33 @@ def check_name(name):
                         f"{go_on if (folder / CHECKPOINT).is_file() else ''}; nothing was touched")
 
 
+def changed(args, other):
+    """The settings, some of them changed. other: {name: value}."""
+    return argparse.Namespace(**vars(args) | other)
+
+
+def savings(args):
+    """[(flag, {name: value})]: what a run could change to need less memory, the cheapest first.
+
+    The first costs nothing, and the next ones time. Then it is another game.
+    """
+    found = []
+    if args.dtype != "bfloat16":
+        found.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
+    if args.micro_batch >= 512:
+        found.append((f"--micro-batch {args.micro_batch // 4}",
+                      {"micro_batch": args.micro_batch // 4}))
+    if not args.low_memory:
+        found.append(("--low-memory", {"low_memory": True}))
+    if not args.lora:
+        found.append(("--lora 16", {"lora": 16}))
+    for name in ("queries", "answers", "answer_tokens"):
+        half = getattr(args, name, 0) // 2
+        if half > 1:
+            found.append((f"--{name.replace('_', '-')} {half}", {name: half}))
+    return found
+
+
 def check_lora(args):
     """Raise UserError for settings of LoRA without --lora."""
     if not args.lora and (args.lora_alpha != 32 or tuple(args.lora_targets) != TARGETS):

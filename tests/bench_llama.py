@@ -42,7 +42,8 @@ import torch
 
 import model as llama
 import selfplay
-from support.machine import DTYPES, most_memory
+from support import memory
+from support.machine import DTYPES
 
 LLAMA3 = {
     "rope_theta": 500000.0, "vocab_size": 128256, "num_key_value_heads": 8,
@@ -178,7 +179,7 @@ def bench_step(folder, reward, flags, rounds):
     step_s = seconds(lambda: selfplay.step(game, args), device, rounds)
     peak = torch.cuda.max_memory_allocated() if cuda else process_peak()
     above_start = peak - (0 if cuda else resident)
-    foretold = most_memory(selfplay.plan(args))
+    foretold = memory.most(selfplay.plan(args))
     return sizes(args) | {
         "dtype": args.dtype, "step_s": step_s, "peak_gib": peak / 2**30,
         "peak_above_start_gib": above_start / 2**30, "foretold_gib": foretold / 2**30}

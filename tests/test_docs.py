@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, command
 
-from support import machine
+from support import memory
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COURSE = (ROOT / "docs" / "course.md").read_text()
@@ -53,7 +53,7 @@ LINES = [re.fullmatch(ROW, line).groups() for line in TABLE.splitlines()]
 def test_bad_input_says_what_the_page_says(name, flags, says, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     # The page's machine. This also serves machines that cannot tell their free memory.
-    monkeypatch.setattr(machine, "free_memory", lambda device: 22.4 * 2**30)
+    monkeypatch.setattr(memory, "free", lambda device: 22.4 * 2**30)
 
     def there():
         return sorted([*ROOT.iterdir(), *(ROOT / "runs").glob("*")])

@@ -1,10 +1,9 @@
-"""The machine: devices, the processes of a crew, models that visit their device, memory."""
+"""The machine: devices, the processes of a crew, and models that visit their device."""
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from model import config_from_json
 from support import machine
 from support.console import UserError
 from support.machine import Crew, joined
@@ -156,100 +155,3 @@ def test_a_model_that_is_shared_out_is_gathered_once():
         1 / 0
     # The root of a model stays whole after a forward pass by FSDP2's default.
     assert said == ["block shared", "block let go", "all shared", "all kept"]
-
-
-# --------------------------------------------------------------------------------------------------
-# Memory
-
-def test_memory_plan_by_hand(small, monkeypatch):
-    """Weights, gradients and AdamW's two numbers take four bytes each. bfloat16 adds masters.
-
-    What cannot fit into memory is refused in one line.
-    """
-    P = sum(p.numel() for p in small.parameters())
-
-    def planned(dtype, **more):
-        return machine.memory_plan(small.config, dtype, P, 2, 8, 20, 512, **more)
-    plan = planned(torch.float32, frozen=[P])
-    assert (plan["weights"], plan["gradients"]) == (4 * P, 4 * P)
-    assert (plan["optimizer"], plan["frozen models"], plan["float32 masters"]) == (8 * P, 4 * P, 0)
-    # k and v, layers, rows, positions, kv heads, head size, bytes, and twice because of the copy
-    assert plan["cache"] == 2 * 2 * 8 * 20 * 2 * 8 * 4 * 2
-    half = planned(torch.bfloat16)
-    assert (half["weights"], half["float32 masters"], half["frozen models"]) == (2 * P, 4 * P, 0)
-    assert planned(torch.float32, recompute=True)["activations"] < plan["activations"]
-    two = planned(torch.float32, frozen=[P, P - 1])
-    assert two["frozen models"] == 4 * (2 * P - 1)
-    two = planned(torch.float32, frozen=[P, P - 1], offloaded=True)
-    assert two["frozen models"] == 4 * P  # only one at a time
-    # There are no gradients while answers are sampled, and no cache while they are trained on.
-    stays = plan["weights"] + plan["optimizer"] + plan["frozen models"]
-    training = plan["gradients"] + plan["activations"] + plan["logits"]
-    assert machine.most_memory(plan) == stays + max(plan["cache"], training)
-    monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
-    with pytest.raises(UserError, match="try --dtype bfloat16"):
-        machine.check_memory(plan, "cpu")
-    monkeypatch.setattr(machine, "free_memory", lambda device: None)
-    machine.check_memory(plan, "cpu")
-
-
-def test_the_plan_of_several_processes_by_hand(small, monkeypatch):
-    """Each holds its share of the float32 weights, gradients and optimizer, and one whole model."""
-    P = 8000
-    plan = machine.memory_plan(small.config, torch.bfloat16, P, 2, 8, 20, 512, frozen=[P, 300],
-                               processes=4)
-    assert [plan[use] for use in ("weights", "float32 masters", "gradients", "optimizer")] == [
-        2 * P, P, P, 2 * P]
-    assert plan["frozen models"] == P + 2 * 300  # the reference's share; the reward model is whole
-    alone = machine.memory_plan(small.config, torch.bfloat16, P, 2, 8, 20, 512)
-    assert plan["cache"] == alone["cache"] // 4
-    # On the CPU, the plans of all must fit.
-    most = machine.most_memory(plan)
-    monkeypatch.setattr(machine, "free_memory", lambda device: 3.9 * most)
-    machine.check_memory(plan, "cpu", processes=3)
-    with pytest.raises(UserError, match="this needs about"):
-        machine.check_memory(plan, "cpu", processes=4)
-    # On GPUs, each first holds the model whole in CPU memory: six bytes a weight.
-    free = {"cuda:0": 10 * most, "cpu": 6 * 4 * P - 1}
-    monkeypatch.setattr(machine, "free_memory", free.get)
-    with pytest.raises(UserError, match="4 processes first load the model whole"):
-        machine.check_memory(plan, "cuda:0", processes=4)
-    machine.check_memory(plan, "cuda:0", processes=1)
-
-
-def test_activations_of_the_plan_are_those_that_pytorch_keeps(small):
-    """What a forward pass of 4 x 32 tokens keeps for the backward pass, within a tenth."""
-    kept, weights = {}, {p.data_ptr() for p in small.parameters()}
-
-    def keep(tensor):
-        if tensor.data_ptr() not in weights:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = small(torch.ones(4, 32, dtype=torch.long))
-    assert hidden.requires_grad
-    plan = machine.memory_plan(small.config, torch.float32, 0, 2, 1, 1, tokens=128)
-    assert sum(kept.values()) == pytest.approx(plan["activations"], rel=0.1)
-
-
-def test_the_plan_is_shown_and_a_real_models_weights_are_not_needed(monkeypatch, capsys):
-    config = config_from_json({
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "max_position_embeddings": 131072})
-    P = 8_030_261_248  # as Llama 3.1 8B has
-    plan = machine.memory_plan(config, torch.bfloat16, P, 2, 64, 512, 4096, True, frozen=[P])
-    monkeypatch.setattr(machine, "free_memory", lambda device: 2**40)
-    machine.check_memory(plan, "cpu", show=True)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[2].strip() for line in lines] == [*plan, "at the most"]
-    assert "float32 masters       29.92 GiB" in lines[1]
-    assert lines[-1].endswith("GiB of 1024.00 GiB free on cpu")
-    machine.check_memory(plan, "cpu")
-    assert capsys.readouterr().out == ""
-
-
-def test_free_memory_of_this_machine():
-    free = machine.free_memory("cpu")
-    assert free is None or 2**20 < free < 2**50

@@ -15,7 +15,7 @@ import model as llama
 import selfplay
 import spin
 from rewards import QualityReward, RewardModel, WrittenQuality, last_states
-from support import learning, machine
+from support import learning, machine, memory
 from support.console import UserError
 from tiny import language
 
@@ -340,6 +340,6 @@ def test_a_device_without_bfloat16_says_so(device, needs):
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_what_does_not_fit_onto_a_gpu_is_refused(device):
     with pretend(device, memory=2**20):
-        assert machine.free_memory(device) == 2**20
+        assert memory.free(device) == 2**20
         with pytest.raises(UserError, match=f"are free on {device}"):
             set_up(device=device)

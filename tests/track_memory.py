@@ -1,12 +1,14 @@
-"""How much memory a step of a large model takes: planned, and tracked without having the memory.
+"""The memory that a step of a large model takes: planned, and tracked without having it.
 
-    python tests/memory.py              planned and tracked peaks of training, GiB
-    python tests/memory.py --table      planned peaks of whole runs, and the cards that they fit
+    python tests/track_memory.py            planned and tracked peaks of training, GiB; 10 minutes
+    python tests/track_memory.py --table    planned peaks of whole runs, and the cards that they fit
 
 The tracker is PyTorch's own (MemTracker). It runs a real step of our code on fake tensors, which
 have shapes and no contents: so a model of 7 billion weights takes seconds on a laptop.
 """
+import json
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model as llama
-from support import learning, machine
+import selfplay
+import spin
+from support import learning, memory, runs
 
 LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8,
           "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True}
@@ -46,9 +50,23 @@ def micro_batch(game, tokens):
     return llama.pack(prompts, [[[7] * answer] * group] * rows, tokens, whole=True)[0]
 
 
+class FusedNorm(torch.autograd.Function):
+    """F.rms_norm as the kernel of a GPU: it keeps its input and one number a token."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rstd = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, rstd = ctx.saved_tensors
+        return grad * weight, torch.empty_like(weight) if weight.requires_grad else None, None
+
+
 def fused_norm(x, shape, weight, eps):
-    """F.rms_norm by the kernel that a GPU has. (The CPU has none: it keeps more.)"""
-    return torch.ops.aten._fused_rms_norm(x, shape, weight, eps)[0]
+    return FusedNorm.apply(x, weight, eps)
 
 
 def as_fakes(model):
@@ -73,7 +91,8 @@ def tracked(config, game, dtype, lora=None, recompute=False, tokens=4096):
     """Peak bytes of two updates: model, optimizer, and what comes and goes."""
     with torch.device("meta"):
         model = llama.Llama(config).to(dtype)
-    reference = llama.adapt(model, lora) if lora else None
+    if lora:
+        llama.adapt(model, lora)
     packed = micro_batch(game, tokens)
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(
             llama, "attend", llama.attend_fused), mock.patch.object(
@@ -92,16 +111,57 @@ def tracked(config, game, dtype, lora=None, recompute=False, tokens=4096):
                 optimizer.step()
                 optimizer.zero_grad()
         peak = tracker.get_tracker_snapshot("peak")
-    return {str(k): v for k, v in next(iter(peak.values())).items()}
+    return next(iter(peak.values()))["Total"]
+
+
+def planned(config, game, dtype, lora=None, recompute=False, tokens=4096):
+    """What memory.plan says of the same: training alone, without sampling and frozen models."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in llama.Llama(config).parameters())
+    adapters = config.adapter_size(lora, runs.TARGETS) if lora else None
+    plan = memory.plan(config, dtype, count, FLOATS[game], 0, micro_batch(game, tokens).ids.numel(),
+                       adapters, recompute=recompute, fused=True)
+    return sum(plan.values())
+
+
+CASES = [(name, game, lora, recompute) for name in SIZES for game in OPTIMIZERS
+         for lora in (None, 16) for recompute in (True, False)]
+
+
+def compare():
+    """Print the planned and the tracked peak of each case."""
+    print("| model | game | | recompute | planned, GiB | tracked, GiB |\n|---|---|---|---|---|---|")
+    for name, game, lora, recompute in CASES:
+        config = llama.config_from_json(SIZES[name])
+        both = [work(config, game, torch.bfloat16, lora, recompute) for work in (planned, tracked)]
+        plan, peak = (f"{x / memory.GIB:.1f}" for x in both)
+        case = [name, game, "LoRA" if lora else "full", "yes" if recompute else "no", plan, peak]
+        print(f"| {' | '.join(case)} |", flush=True)
+
+
+CARDS = (8, 16, 24, 48, 80)  # GiB
+COMMANDS = {"LSP": (selfplay, "--reward", "majority"), "SPIN": (spin, "--data", "chats.jsonl")}
+
+
+def table():
+    """Print what each game plans: its defaults on a GPU, with --dtype bfloat16 and --low-memory.
+
+    A card must have one GiB more: CUDA itself takes about that much.
+    """
+    print("| model | game | | one GPU, GiB | fits | each of 8, GiB |\n|---|---|---|---|---|---|")
+    for name, raw in SIZES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(raw))
+            for game, (module, *flags) in COMMANDS.items():
+                for lora in ((), ("--lora", "16")):
+                    args = module.parse_args([
+                        "--model", folder, "--device", "cuda", "--dtype", "bfloat16",
+                        "--low-memory", *flags, *lora])
+                    one, each = (memory.most(module.plan(args, n)) / memory.GIB for n in (1, 8))
+                    cards = [f"{card}" for card in CARDS if one + 1 <= card]
+                    print(f"| {name} | {game} | {'LoRA' if lora else 'full'} | {one:.1f} | "
+                          f"{', '.join(cards) or 'none'} | {each:.1f} |")
 
 
 if __name__ == "__main__":
-    import time
-    for name in SIZES:
-        config = llama.config_from_json(SIZES[name] | {"num_hidden_layers": 4})
-        for lora in (None, 16):
-            for rec in (True, False):
-                t = time.time()
-                got = tracked(config, "lsp", torch.bfloat16, lora, rec)
-                print(name, lora, rec, {k: round(v / 2**30, 2) for k, v in got.items() if v}, round(time.time() - t, 1), flush=True)
-        break
+    table() if "--table" in sys.argv else compare()
