@@ -118,7 +118,8 @@ def test_an_exercise_finds_its_place(name, thing, line):
 WRITTEN = {"metrics.jsonl", "games.jsonl", "settings.json", "curves.png", "evaluation.json",
            "warnings.txt", "report.html", "not-finite.json", "model_outputs.json",
            "checkpoint.safetensors", "model.safetensors", "claims.md"}
-BROUGHT = {"mine.py", "gsm8k.jsonl", "chats.jsonl", "alpaca_eval.json", "after.json", "before.json",
+BROUGHT = {"mine.py", "arithmetic.jsonl", "arithmetic-held-out.jsonl", "times-tables.jsonl",
+           "gsm8k.jsonl", "chats.jsonl", "alpaca_eval.json", "after.json", "before.json",
            "FILE.jsonl", "nowhere.jsonl", "alpaca.json", "style.py"}
 FILE = r"(?:[\w.-]+/)*[\w-]+\.(?:py|md|png|jsonl?|txt|html|safetensors|cff|toml)"
 

@@ -1,4 +1,4 @@
-"""Memory: the plan by hand and against PyTorch's own tracker, and what is said if it is too much."""
+"""Memory: the plan by hand and by PyTorch's tracker, and what is said where it is too much."""
 import pytest
 import torch
 import track_memory
