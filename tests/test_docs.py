@@ -217,7 +217,7 @@ def known_flags():
     # explain.py hands its flags to a game, and so does bench_llama.py. The scripts in tests/ are
     # not imported: their text says which flags they have.
     found["recipes/explain.py"] = found["selfplay.py"] | found["spin.py"]
-    for path in ("bench.py", "bench_llama.py", "faults.py", "fuzz.py"):
+    for path in ("bench.py", "bench_llama.py", "faults.py", "fuzz.py", "track_memory.py"):
         source = (ROOT / "tests" / path).read_text()
         found[f"tests/{path}"] = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
     found["tests/bench_llama.py"] |= found["selfplay.py"]
