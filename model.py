@@ -33,7 +33,7 @@ class Block(nn.Module):
     """One layer: attention, then SwiGLU, each behind an RMSNorm. __init__ is below `forward`."""
 
     def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
-        """x [B, T, D] -> x. cos, sin [B or 1, 1, T, C/2]. mask [B, 1, T, S]; None: causal."""
+        """x [B, T, D] -> x. cos, sin [B or 1, 1, T, C/2]. mask: see `attend`."""
         B, T, D = x.shape
         H, K, C = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv(F.rms_norm(x, (D,), self.attention_norm, self.eps))
@@ -72,8 +72,8 @@ class Block(nn.Module):
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(C)) v, [B, H, T, C], of q [B, H, T, C] and k, v [B, K, S, C].
 
-    H/K heads of queries share one of keys and values. mask [B, 1, T, S]: True where a token may
-    look. None means causal.
+    H/K heads of queries share one of keys and values. mask [B, 1, T, S] is added to the scores: 0
+    where a token may look, else -inf. None means causal.
     """
     causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
@@ -236,7 +236,10 @@ class Llama(nn.Module):
         cos = self.cos[positions][:, None].to(x.dtype)  # [B or 1, 1, T, C/2]
         sin = self.sin[positions][:, None].to(x.dtype)
         if mask is not None:  # once for all layers, as what is added to a score
-            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)
+            S = mask.shape[-1]
+            # Rows begin at multiples of 8, as a GPU's kernel wants them: else each layer copies it.
+            bias = x.new_zeros(*mask.shape[:-1], S + -S % 8)[..., :S]
+            mask = bias.masked_fill_(~mask, -math.inf)
         again = self.recompute and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks):
             inputs = (x, cos, sin, mask, cache, layer)

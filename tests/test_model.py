@@ -84,8 +84,20 @@ def test_both_ways_to_attend_are_the_formula(heads, shared, tokens, masked):
     whose = [h * shared // heads for h in range(heads)]  # the keys and values of each query head
     scores = (q @ k[:, whose].transpose(2, 3)) / C**0.5
     expected = scores.masked_fill(~may_look, -torch.inf).softmax(-1) @ v[:, whose]
+    added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) if masked else None
     for way in (llama.attend, llama.attend_fused):
-        torch.testing.assert_close(way(q, k, v, mask), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(way(q, k, v, added), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_is_made_once_and_as_a_gpus_kernel_wants_it(small, monkeypatch):
+    """All layers get the same tensor, and its rows begin at multiples of 8: no layer copies it."""
+    seen, real = [], llama.attend
+    monkeypatch.setattr(llama, "attend", lambda q, k, v, mask: (seen.append(mask), real(
+        q, k, v, mask))[1])
+    packed = pack([[1, 2, 3], [4, 5]], [[[6, 7], [8, 9, 10]], [[11, 12]]])[0]
+    logprobs(small, packed)
+    assert seen[0] is seen[1] and seen[0].shape[2:] == 2 * packed.ids.shape[1:] and len(seen) == 2
+    assert packed.ids.shape[1] % 8 and seen[0].stride(2) % 8 == 0 and seen[0].stride(3) == 1
 
 
 def test_on_a_gpu_keys_and_values_are_not_shared_where_there_is_a_mask(monkeypatch):
