@@ -555,10 +555,12 @@ def plan(args, processes=1, longest=None):
     adapters = config.adapter_size(args.lora, args.lora_targets) if args.lora else None
     asked = [read_config(name)[1] for name in files.reward_models(args.reward)]
     cuda, games = args.device.startswith("cuda"), args.queries * args.answers
-    positions = games * ((longest or args.query_tokens + 64) + args.answer_tokens)
+    longest = longest or args.query_tokens + 64
+    text, room = longest + args.answer_tokens, ROOM * processes  # scores, of each process
     return memory.plan(config, machine.DTYPES[args.dtype], own, optimizer_floats=2,
-                       positions=max(positions, ROOM * (args.judge == "written")),
-                       tokens=args.micro_batch, adapters=adapters, sampled=games,
+                       positions=max(games * text, room), sampled=games,
+                       read=max(args.queries * longest, room * longest // text),
+                       tokens=max(args.micro_batch, text), adapters=adapters,
                        recompute=args.low_memory, frozen=asked if args.lora else [own, *asked],
                        offloaded=args.low_memory and cuda, processes=processes, fused=cuda)
 
