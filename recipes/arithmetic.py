@@ -1,12 +1,13 @@
-"""Questions of arithmetic, as a file to learn from and a file to score on. For any chat model.
+"""Questions of arithmetic, as a file to learn from and files to score on. For any chat model.
 
-    python recipes/arithmetic.py          writes arithmetic.jsonl and arithmetic-held-out.jsonl
+    python recipes/arithmetic.py          writes the three files below into this folder
     python selfplay.py --model FOLDER --game grpo --reward math --data arithmetic.jsonl \\
         --eval-data arithmetic-held-out.jsonl --eval-items 120
 
-The times tables from 2 to 12, and as many sums and differences of numbers below 100. 40 of each are
-held out. No two numbers meet in the same way in both files: where 3 times 4 is held out, 4 times 3
-is held out, too. docs/real-models.md has what came of it.
+arithmetic.jsonl has times tables from 2 to 12, and sums and differences of numbers below 100. In
+arithmetic-held-out.jsonl there are 40 others of each kind. Where 3 times 4 is held out, 4 times 3
+is, too. times-tables.jsonl has all products, for games that learn from no file.
+docs/real-models.md has what came of it.
 """
 import json
 import random
@@ -38,7 +39,9 @@ def main():
     numbers = [(a, b) for a in range(10, 100) for b in range(10, a)]
     parts = [rows(rng, "product", table), rows(rng, "sum", rng.sample(numbers, 60)),
              rows(rng, "difference", rng.sample(numbers, 120))]
-    for name, chosen in zip(("arithmetic", "arithmetic-held-out"), zip(*parts)):
+    files = dict(zip(("arithmetic", "arithmetic-held-out"), zip(*parts)))
+    files["times-tables"] = parts[0]
+    for name, chosen in files.items():
         found = [row for part in chosen for row in part]
         rng.shuffle(found)
         lines = "".join(json.dumps(row) + "\n" for row in found)

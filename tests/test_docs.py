@@ -118,7 +118,8 @@ def test_an_exercise_finds_its_place(name, thing, line):
 WRITTEN = {"metrics.jsonl", "games.jsonl", "settings.json", "curves.png", "evaluation.json",
            "warnings.txt", "report.html", "not-finite.json", "model_outputs.json",
            "checkpoint.safetensors", "model.safetensors", "claims.md"}
-BROUGHT = {"mine.py", "gsm8k.jsonl", "chats.jsonl", "alpaca_eval.json", "after.json", "before.json",
+BROUGHT = {"mine.py", "arithmetic.jsonl", "arithmetic-held-out.jsonl", "times-tables.jsonl",
+           "gsm8k.jsonl", "chats.jsonl", "alpaca_eval.json", "after.json", "before.json",
            "FILE.jsonl", "nowhere.jsonl", "alpaca.json", "style.py"}
 FILE = r"(?:[\w.-]+/)*[\w-]+\.(?:py|md|png|jsonl?|txt|html|safetensors|cff|toml)"
 
@@ -216,7 +217,7 @@ def known_flags():
     # explain.py hands its flags to a game, and so does bench_llama.py. The scripts in tests/ are
     # not imported: their text says which flags they have.
     found["recipes/explain.py"] = found["selfplay.py"] | found["spin.py"]
-    for path in ("bench.py", "bench_llama.py", "faults.py", "fuzz.py"):
+    for path in ("bench.py", "bench_llama.py", "faults.py", "fuzz.py", "track_memory.py"):
         source = (ROOT / "tests" / path).read_text()
         found[f"tests/{path}"] = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
     found["tests/bench_llama.py"] |= found["selfplay.py"]

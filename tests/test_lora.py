@@ -221,3 +221,15 @@ def test_the_rate_is_ten_times_that_of_full_training(tmp_path):
     assert selfplay.parse_args(["--lora", "4", "--lr", "0.5"]).lr == 0.5
     assert spin.parse_args(["--lora", "4"]).lr == pytest.approx(
         [10 * lr for lr in spin.parse_args([]).lr])
+
+
+def test_a_run_does_not_go_on_with_other_adapters(tmp_path, monkeypatch):
+    """The checkpoint knows what it was played with."""
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(selfplay.evaluate, "compare", stop)
+    command(selfplay, tmp_path, "--lora", "2", *SMALL[selfplay], "--run", "a")
+    path = tmp_path / "runs" / "a" / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora": 3}))
+    done = command(selfplay, tmp_path, "--resume", "runs/a")
+    assert done.returncode == 2 and "of a run with other settings" in done.stderr

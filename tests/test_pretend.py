@@ -212,6 +212,17 @@ def test_judges_and_reward_models_stay_on_their_device(tmp_path, gpu):
     assert {p.device.type for p in judge.parameters()} == {"cpu"}
 
 
+def test_on_a_gpu_the_math_kernel_is_ruled_out(monkeypatch):
+    """Where no fused kernel fits, attention raises there. The CPU's attention is left alone."""
+    calls = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_math_sdp", calls.append)
+    machine.check_device("cpu")
+    assert calls == []
+    with pretend("cuda"):
+        machine.check_device("cuda")
+        assert calls == [False]
+
+
 def interrupted(module, folder, flags, after):
     """Play a run, stop it by Ctrl-C in update `after`, and resume it. Returns its metrics."""
     take, calls = learning.take, []

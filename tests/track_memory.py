@@ -6,6 +6,7 @@
 The tracker is PyTorch's own (MemTracker). It runs a real step of our code on fake tensors, which
 have shapes and no contents: so a model of 7 billion weights takes seconds on a laptop.
 """
+import argparse
 import json
 import sys
 import tempfile
@@ -191,4 +192,6 @@ def table():
 
 
 if __name__ == "__main__":
-    table() if "--table" in sys.argv else compare()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--table", action="store_true", help="whole runs, only planned")
+    table() if parser.parse_args().table else compare()
