@@ -23,9 +23,9 @@ def test_the_plan_by_hand(small):
     plan, _ = plan_of(small, frozen=[P], sampled=8)
     assert (plan["weights"], plan["gradients"]) == (4 * P, 4 * P)
     assert (plan["optimizer"], plan["frozen models"], plan["float32 masters"]) == (8 * P, 4 * P, 0)
-    # k and v, layers, rows, positions, kv heads, head size, bytes, and twice because of the copy;
-    # and two numbers for each word of each row
-    assert plan["sampling"] == 2 * 2 * 8 * 20 * 2 * 8 * 4 * 2 + 2 * 4 * 8 * 50
+    # k, v and a copy of one of them; layers, rows, positions, kv heads, head size, bytes; and two
+    # numbers for each word of each row
+    assert plan["sampling"] == 3 * 2 * 8 * 20 * 2 * 8 * 4 + 2 * 4 * 8 * 50
     half, _ = plan_of(small, torch.bfloat16)
     assert (half["weights"], half["float32 masters"], half["frozen models"]) == (2 * P, 4 * P, 0)
     assert plan_of(small, recompute=True)[0]["activations"] < plan["activations"]
