@@ -1,4 +1,6 @@
 """Memory: the plan by hand and by PyTorch's tracker, and what is said where it is too much."""
+import json
+
 import pytest
 import torch
 import track_memory
@@ -176,7 +178,6 @@ def test_a_dry_run_needs_nothing_but_config_json(tmp_path, game, flags, monkeypa
 
     The advice is what the plan says of these very flags.
     """
-    import json
     (tmp_path / "big").mkdir()
     raw = json.dumps(track_memory.SIZES["Mistral-7B-v0.1"])
     (tmp_path / "big" / "config.json").write_text(raw)
@@ -194,6 +195,21 @@ def test_a_dry_run_needs_nothing_but_config_json(tmp_path, game, flags, monkeypa
         most = memory.most(game.plan(args)) / memory.GIB
         assert f"{most:.1f})" == size and most <= 40
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_what_it_could_not_do(tmp_path, monkeypatch):
+    """The plan stands there, of every game, although there is no tokenizer and no weight."""
+    (tmp_path / "big").mkdir()
+    raw = json.dumps(track_memory.SIZES["Llama-3.2-1B"])
+    (tmp_path / "big" / "config.json").write_text(raw)
+    (tmp_path / "asks.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 2)
+    monkeypatch.setattr(memory, "free", lambda device: 80 * memory.GIB)
+    for flags, lacks in ((("--reward", "majority"), "model.safetensors"),
+                         (("--game", "grpo", "--reward", "math", "--data", "asks.jsonl"),
+                          "tokenizer_config.json")):
+        done = command(selfplay, tmp_path, "--model", "big", *flags, "--device", "cpu", "--dry-run")
+        assert done.returncode == 2 and "at the most" in done.stdout
+        assert f"{lacks} is missing; so no step was timed" in done.stderr
 
 
 def test_the_plan_is_shown(small, monkeypatch, capsys):
