@@ -291,7 +291,9 @@ class KVCache:
     def keep(self, index):
         """Replace the rows by rows[index]. An index may repeat: then its row is copied."""
         # Whole rows, filled or not: one long copy is faster than many short ones.
-        self.k, self.v = self.k.index_select(1, index), self.v.index_select(1, index)
+        # And one after the other: so only half of the cache is there twice.
+        self.k = self.k.index_select(1, index)
+        self.v = self.v.index_select(1, index)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -464,16 +464,17 @@ def set_up(args, device, crew=machine.Crew()):
     machine.check_dtype(device, args.dtype)
     dtype, alone = machine.DTYPES[args.dtype], crew.size == 1
     template = args.date, console.assignments(args.template_args)
+    # Before anything is read, and again where the data has longer prompts than were planned for.
+    longest = args.query_tokens + 64  # tokens of the longest prompt
+    check_room(args, device, crew, longest)
     # Data, referee and pay first: what is wrong with them shows before a large model is loaded.
     rows, held = data.read_both(args)
-    longest = args.query_tokens + 64  # tokens of the longest prompt
     if rows or held:
         tokenizer = Tokenizer(files.find(args.model), *template)
         reads = [(lambda row: tokenizer.chat(row.messages), read_config(args.model)[0].context)]
         (rows, first), (held, second) = (data.fitting(args, x, reads) for x in (rows, held))
-        longest = max(longest, first, second)
-    memory.check(lambda other, processes: plan(runs.changed(args, other), processes, longest),
-                 device, args.dry_run, crew.size, runs.savings(args))
+        if max(first, second) > longest:
+            check_room(args, device, crew, max(first, second))
     config, count = read_config(args.model)
     trained = config.adapter_size(args.lora, args.lora_targets) if args.lora else count
     runs.check_disk(args, count, trained, optimizer_floats=2, models=1)
@@ -546,6 +547,15 @@ def load_judgement(args, device, dtype, template, rows, held):
     return referee, [part for part in parts if hasattr(part, "ids")], pay
 
 
+def check_room(args, device, crew, longest):
+    """Raise UserError where memory will not do. --dry-run: print what is needed.
+
+    longest: tokens of the longest prompt.
+    """
+    memory.check(lambda other, processes: plan(runs.changed(args, other), processes, longest),
+                 device, args.dry_run, crew.size, runs.savings(args))
+
+
 def plan(args, processes=1, longest=None):
     """The memory.plan of these settings, for each process, before any weights are loaded.
 
@@ -555,16 +565,25 @@ def plan(args, processes=1, longest=None):
     adapters = config.adapter_size(args.lora, args.lora_targets) if args.lora else None
     asked = [read_config(name)[1] for name in files.reward_models(args.reward)]
     cuda, games = args.device.startswith("cuda"), args.queries * args.answers
-    positions = games * ((longest or args.query_tokens + 64) + args.answer_tokens)
+    longest = longest or args.query_tokens + 64
+    text, room = longest + args.answer_tokens, ROOM * processes  # scores, of each process
     return memory.plan(config, machine.DTYPES[args.dtype], own, optimizer_floats=2,
-                       positions=max(positions, ROOM * (args.judge == "written")),
-                       tokens=args.micro_batch, adapters=adapters, sampled=games,
+                       positions=max(games * text, room), sampled=games,
+                       read=max(args.queries * longest, room * longest // text),
+                       tokens=max(args.micro_batch, text), adapters=adapters,
                        recompute=args.low_memory, frozen=asked if args.lora else [own, *asked],
                        offloaded=args.low_memory and cuda, processes=processes, fused=cuda)
 
 
-def dry_run(game, args):
-    """--dry-run: how long a step takes. set_up has shown the memory. Nothing is saved."""
+def dry_run(args, device):
+    """--dry-run: what memory a run needs, and how long a step takes. Nothing is saved.
+
+    Raises UserError where the model does not fit, or only its config.json is there.
+    """
+    try:
+        game = set_up(args, device)
+    except console.UserError as error:
+        raise console.UserError(f"{error}; so no step was timed") from None
     for name in ("first", "second"):
         began = time.perf_counter()
         step(game, args)
@@ -673,10 +692,9 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the first process speaks for all
     heading = f"{args.game} on {args.model}: {read_config(args.model)[1]:,} parameters, "
     if args.dry_run:
-        print(f"{heading}{args.dtype}")
+        print(f"{heading}{args.dtype}", flush=True)
+        return dry_run(args, device)
     game = set_up(args, device, crew)
-    if args.dry_run:
-        return dry_run(game, args)
     with runs.open_run(args, game.start, crew, step=0, said={}, recent=[]) as run:
         first = run.facts["step"]
         if run.tensors:

@@ -297,7 +297,9 @@ def rmsprop(player):
 
     Of a bfloat16 player it goes on with the float32 weights of the iteration before.
     """
-    return learning.optimizer_for(player, torch.optim.RMSprop)
+    # One weight after another. PyTorch's default on a GPU is all at once, with a copy of its whole
+    # state: 27 GiB of a 7B model.
+    return learning.optimizer_for(player, torch.optim.RMSprop, foreach=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,10 +432,12 @@ def plan(args, processes=1):
     """The memory.plan of these settings, for each process, before any weights are loaded."""
     config, count = read_config(args.model)
     adapters = config.adapter_size(args.lora, args.lora_targets) if args.lora else None
+    room = ROOM * processes  # each process samples its own batches
     return memory.plan(config, machine.DTYPES[args.dtype], count, optimizer_floats=1,
-                       positions=ROOM * processes,  # each process samples its own batches
-                       tokens=args.micro_batch, adapters=adapters,
-                       sampled=processes * ROOM // args.answer_tokens, recompute=args.low_memory,
+                       positions=room, read=room, adapters=adapters,
+                       # A pair is never split, however small a micro-batch is.
+                       tokens=max(args.micro_batch, 2 * args.answer_tokens),
+                       sampled=room // args.answer_tokens, recompute=args.low_memory,
                        processes=processes, fused=args.device.startswith("cuda"))
 
 

@@ -14,60 +14,88 @@ GIB = 2**30
 
 
 def plan(config, dtype, parameters, optimizer_floats, positions, tokens, adapters=None, sampled=0,
-         recompute=False, chunk=1024, frozen=(), offloaded=False, processes=1, fused=False):
+         read=0, recompute=False, chunk=1024, frozen=(), offloaded=False, processes=1,
+         fused=False):
     """{use: bytes} of a run. First what stays, then what comes and goes.
 
     config: sizes by their names in config.json. parameters: how many weights the model has.
     adapters: how many numbers LoRA's have; None: all weights are trained.
     optimizer_floats: float32 numbers that the optimizer keeps of a weight (AdamW 2, RMSProp 1).
     positions: of the largest sampling batch, in all its rows. sampled: completions in it.
+    read: positions of a batch's prompts, which are computed at once.
     tokens: of a micro-batch. chunk: tokens whose logits are alive at once (model.logprobs).
     recompute: activations are computed again in the backward pass.
     frozen: weights of each model that is only asked, the reference first (with LoRA it is none).
-    offloaded: those come one at a time. fused: the device's kernels are those of a GPU.
-    processes: the plan is that of each. Without LoRA they share out the float32 weights of player
-    and reference, the gradients and the optimizer. Each gathers one of the two models at a time.
+    offloaded: those visit the device one at a time. fused: the kernels are those of a GPU.
+    processes: the plan is that of each; positions, sampled and read are of all together. Without
+    LoRA they share out the float32 weights of player and reference, the gradients and the
+    optimizer. Each gathers the player for sampling, and for the last scores the reference, too.
+    (In training they gather layer by layer, so there the plan says too much.)
     """
     c, size, lora = config, dtype.itemsize, adapters is not None
     D, I, L, V = c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.vocab_size
     W, KV = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     learnt, share = (adapters, 1) if lora else (parameters, processes)
+    shared = share > 1
     # Numbers a token that a layer keeps for the backward pass. Of a norm: what goes in and out; the
     # CPU also keeps copies, in float32. Of attention: rotated queries and keys, values, and what
     # comes out; a GPU's kernel has keys and values for each head. Of SwiGLU: gate, up, silu(gate),
-    # and the product.
+    # and the product. (LoRA keeps the same: an adapter's gradient needs its layer's input.)
     norms = 4 * D if fused else (6 if size == 4 else 10) * D
     attention = 5 * W + KV if fused else 4 * W + 3 * KV
     layer = norms + attention + 4 * I
     kept = (L * D if recompute else L * layer) + norms // 2  # and the norm behind all layers
-    # At one time either the logits are alive, or a layer goes backward: it is computed again, and
-    # of SwiGLU some three gradients are alive.
-    logits = (12 + size) * chunk * V + (0 if lora else 4 * V * D)  # with the head's gradient
-    block = size * (tokens * ((layer if recompute else 0) + 3 * I) + (0 if lora else 2 * I * D))
+    # What is alive in a layer that keeps nothing: what goes in and out, the product for queries,
+    # keys and values, its rotated queries and keys, what attention says, and SwiGLU's.
+    passing = 2 * D + 3 * W + 3 * KV + 4 * I
+    # The head's backward pass: of a chunk's logits three copies in float32 and one in the dtype;
+    # and the gradient of the head, in float32, to which a product in the dtype is added.
+    rows, gradient = min(chunk, tokens), 0 if lora else V * D
+    logits = max((12 + size) * rows * V + 4 * gradient, (4 + size) * (rows * V + gradient))
+    # Then one layer at a time goes backward, perhaps computed again, and of SwiGLU some three
+    # gradients are alive. A tied head's gradient waits for that of the embedding.
+    block = size * (tokens * ((layer if recompute else 0) + 3 * I) + (0 if lora else 2 * I * D)
+                    + gradient * c.tie_word_embeddings)
     update = 4 * V * D * (not lora) * (optimizer_floats == 1)  # RMSProp takes a copy of a weight
-    asked = (max if offloaded else sum)([0, *frozen]) * size
-    cache = 2 * L * positions * KV * size
+    cache, asked = 2 * L * positions * KV * size, size * sum(frozen)
+    visiting = size * max([0, *frozen]) if offloaded else 0
     if processes > 1:
-        cache //= processes
-        if not lora:
-            asked = sum(4 * n // processes for n in frozen[:1]) + sum(frozen[1:]) * size
+        cache, sampled, read = cache // processes, sampled // processes, read // processes
+        visiting = size * sum(frozen[:1]) if shared else 0
+        asked = (4 * sum(frozen[:1]) // share if shared else size * sum(frozen[:1]))
+        asked += size * sum(frozen[1:])
+    elif offloaded:
+        asked = 0
+    words = 4 * sampled * V  # a float32 number for each word and completion
     return {
         "weights": (parameters + (adapters or 0)) * size,
-        "float32 masters": 4 * learnt // share if size < 4 or share > 1 else 0,
-        "gradients": 4 * learnt // share,
+        "float32 masters": 4 * learnt // share if size < 4 or shared else 0,
         "optimizer": 4 * optimizer_floats * learnt // share,
         "frozen models": asked,
-        # The cache twice, as rows that leave are copied; and logits and probabilities.
-        "sampling": 2 * cache + 4 * 4 * (sampled // processes) * V,
+        "visiting model": visiting,
+        # The cache, and the most of these: a copy of half of it, as rows leave, with logits and
+        # their log-probabilities; or these and two copies of probabilities, while a token is drawn;
+        # or, before, the prompts on their way through a layer.
+        "sampling": cache + max(cache // 2 + 2 * words, 4 * words, size * passing * read),
+        "gradients": 4 * learnt // share,
         "activations": tokens * kept * size + (1 + size) * tokens**2,  # with the mask [T, T]
         "at work": max(logits, block, update),
     }
 
 
+COMING = ("visiting model", "sampling", "gradients", "activations", "at work")  # and going
+
+
 def most(plan):
-    """Bytes of a plan at their peak. Sampling and training never happen at once."""
-    training = plan["gradients"] + plan["activations"] + plan["at work"]
-    return sum(plan.values()) - min(plan["sampling"], training)
+    """Bytes of a plan at their peak.
+
+    Sampling and training never happen at once. A visiting model may be asked while there are
+    gradients, but not while there are activations.
+    """
+    visiting, sampling, gradients, activations, at_work = (plan[use] for use in COMING)
+    training = gradients + at_work + max(activations, visiting)
+    return sum(plan.values()) - sum(plan[use] for use in COMING) + max(visiting + sampling,
+                                                                      training)
 
 
 def free(device):

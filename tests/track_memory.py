@@ -37,8 +37,8 @@ SIZES = {  # from the published config.json of each; tests have short contexts
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "max_position_embeddings": 32768, "sliding_window": 4096},
 }
-OPTIMIZERS = {"lsp": (torch.optim.AdamW, {"fused": True}),
-              "spin": (torch.optim.RMSprop, {"foreach": False})}
+OPTIMIZERS = {"lsp": lambda model: learning.optimizer_for(model, torch.optim.AdamW, fused=True),
+              "spin": spin.rmsprop}
 FLOATS = {"lsp": 2, "spin": 1}  # numbers a weight that the optimizer keeps
 TEXT = 1024  # tokens of a prompt and its answer
 
@@ -71,25 +71,36 @@ def fused_norm(x, shape, weight, eps):
 
 
 def as_fakes(model):
-    """Give a model on the meta device fake weights, as if on a CPU. Yields the frozen ones.
+    """Give a model on the meta device fake weights, as if on a CPU. Yields the frozen ones."""
+    for module in model.modules():
+        for name, p in [*module.named_parameters(recurse=False)]:
+            fake = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"),
+                                      requires_grad=p.requires_grad)
+            module.register_parameter(name, fake)
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            setattr(module, name, torch.empty(buffer.shape, device="cpu"))
+    yield from as_tensors(model)
 
-    Those become plain attributes: the tracker cannot take a parameter without a gradient.
+
+def as_tensors(model):
+    """Make a model's frozen weights plain attributes, and yield them.
+
+    The tracker cannot take a parameter without a gradient.
     """
     for module in model.modules():
         for name, p in [*module.named_parameters(recurse=False)]:
-            fake = torch.empty(p.shape, dtype=p.dtype, device="cpu")
-            if p.requires_grad:
-                module.register_parameter(name, torch.nn.Parameter(fake))
-            else:
+            if not p.requires_grad:
                 delattr(module, name)
-                setattr(module, name, fake)
-                yield fake
-        for name, buffer in [*module.named_buffers(recurse=False)]:
-            setattr(module, name, torch.empty(buffer.shape, device="cpu"))
+                setattr(module, name, p.data)
+                yield p.data
 
 
 def tracked(config, game, dtype, lora=None, recompute=False, tokens=4096):
-    """Peak bytes of two updates: model, optimizer, and what comes and goes."""
+    """Peak bytes of an update: model, optimizer, and what comes and goes.
+
+    It is an update in the middle of a run: the optimizer has its state, and an earlier micro-batch
+    has left its gradients.
+    """
     with torch.device("meta"):
         model = llama.Llama(config).to(dtype)
     if lora:
@@ -100,19 +111,39 @@ def tracked(config, game, dtype, lora=None, recompute=False, tokens=4096):
             torch.nn.functional, "rms_norm", fused_norm):  # as on a GPU
         frozen = [*as_fakes(model)]
         model.recompute = recompute
-        kind, settings = OPTIMIZERS[game]
-        optimizer = learning.optimizer_for(model, kind, lr=1e-3, **settings)
+        optimizer = OPTIMIZERS[game](model)
+        weights = learning.weights_of(optimizer)
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
         tracker = MemTracker()
-        tracker.track_external(model, optimizer, *getattr(model, "masters", ()), *frozen)
+        tracker.track_external(model, optimizer, *weights, *(w.grad for w in weights), *frozen)
         with tracker:
-            for _ in range(2):  # the first makes the optimizer's state
-                for _ in range(2):  # micro-batches: the second finds the gradients of the first
-                    llama.logprobs(model, packed).sum().backward()
-                    tracker.reset_mod_stats()
-                optimizer.step()
-                optimizer.zero_grad()
+            if game == "lsp":
+                with torch.no_grad():  # as the reference is asked
+                    llama.logprobs(model, packed)
+                tracker.reset_mod_stats()  # it would refuse a second call
+            llama.logprobs(model, packed).sum().backward()
+            optimizer.step()
         peak = tracker.get_tracker_snapshot("peak")
     return next(iter(peak.values()))["Total"]
+
+
+def tracked_sampling(model, prompts, group, new):
+    """Peak bytes of sampling besides the weights. (Real tensors: what is sampled decides.)"""
+    frozen = [*as_tensors(model)]
+    tracker, weights = MemTracker(), sum(w.numel() * w.element_size() for w in frozen)
+    tracker.track_external(*frozen)
+    with tracker:
+        call = torch.nn.Module.__call__
+
+        def once_more(self, *args, **kwargs):
+            tracker.reset_mod_stats()
+            return call(self, *args, **kwargs)
+        with mock.patch.object(llama.Llama, "__call__", once_more):
+            llama.generate(model, prompts, group, new)
+    peak = tracker.get_tracker_snapshot("peak")
+    return next(iter(peak.values()))["Total"] - weights
 
 
 def planned(config, game, dtype, lora=None, recompute=False, tokens=4096):
