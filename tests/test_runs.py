@@ -678,7 +678,7 @@ def test_flags_that_both_games_share_have_the_same_words_and_defaults():
     """Those of `runs` are the same rows. Only three flags are each game's own by nature."""
     lsp, other = rows(selfplay), rows(spin)
     shared = lsp.keys() & other.keys()
-    assert {flag for flag in shared if lsp[flag] != other[flag]} == {"--game", "--data", "--lr"}
+    assert {flag for flag in shared if lsp[flag] != other[flag]} == {"--game", "--data", "--lr", "--dry-run"}
     for row in (runs.MODEL, runs.ANSWER_TOKENS, *runs.SETTINGS[1:]):
         assert lsp[row[0]] == other[row[0]] == row
 
