@@ -171,7 +171,12 @@ class Config:
                 "up_proj": (D, self.intermediate_size), "down_proj": (self.intermediate_size, D)}
 
     def adapter_size(self, rank, targets):
-        """How many numbers LoRA adapters have in all. Raises UserError where LoRA cannot be."""
+        """How many numbers LoRA adapters have in all; None without a rank, that is, without LoRA.
+
+        Raises UserError where LoRA cannot be.
+        """
+        if rank is None:
+            return None
         if self.score_head:
             raise console.UserError("--lora is for a model that answers, and this one is a reward "
                                     "model")

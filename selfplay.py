@@ -466,7 +466,7 @@ def set_up(args, device, crew=machine.Crew()):
     template = args.date, console.assignments(args.template_args)
     # Before anything is read, and again where the data has longer prompts than were planned for.
     longest = args.query_tokens + 64  # tokens of the longest prompt
-    check_room(args, device, crew, longest)
+    runs.check_memory(plan, args, device, crew.size, longest=longest)
     # Data, referee and pay first: what is wrong with them shows before a large model is loaded.
     rows, held = data.read_both(args)
     if rows or held:
@@ -474,10 +474,10 @@ def set_up(args, device, crew=machine.Crew()):
         reads = [(lambda row: tokenizer.chat(row.messages), read_config(args.model)[0].context)]
         (rows, first), (held, second) = (data.fitting(args, x, reads) for x in (rows, held))
         if max(first, second) > longest:
-            check_room(args, device, crew, max(first, second))
+            runs.check_memory(plan, args, device, crew.size, longest=max(first, second))
     config, count = read_config(args.model)
-    trained = config.adapter_size(args.lora, args.lora_targets) if args.lora else count
-    runs.check_disk(args, count, trained, optimizer_floats=2, models=1)
+    adapters = config.adapter_size(args.lora, args.lora_targets)
+    runs.check_disk(args, count, adapters, optimizer_floats=2, models=1)
     referee, readers, pay = load_judgement(args, device, dtype, template, rows, held)
     # Several processes share the weights out, and each begins with all of them on the CPU. There
     # the reference is loaded anew, so that each process holds one whole copy at a time. (With LoRA
@@ -547,22 +547,13 @@ def load_judgement(args, device, dtype, template, rows, held):
     return referee, [part for part in parts if hasattr(part, "ids")], pay
 
 
-def check_room(args, device, crew, longest):
-    """Raise UserError where memory will not do. --dry-run: print what is needed.
-
-    longest: tokens of the longest prompt.
-    """
-    memory.check(lambda other, processes: plan(runs.changed(args, other), processes, longest),
-                 device, args.dry_run, crew.size, runs.savings(args))
-
-
 def plan(args, processes=1, longest=None):
     """The memory.plan of these settings, for each process, before any weights are loaded.
 
     longest: tokens of the longest prompt.
     """
     config, own = read_config(args.model)
-    adapters = config.adapter_size(args.lora, args.lora_targets) if args.lora else None
+    adapters = config.adapter_size(args.lora, args.lora_targets)
     asked = [read_config(name)[1] for name in files.reward_models(args.reward)]
     cuda, games = args.device.startswith("cuda"), args.queries * args.answers
     longest = longest or args.query_tokens + 64

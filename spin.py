@@ -387,7 +387,7 @@ def set_up(args):
     machine.check_dtype(device, args.dtype)
     rows, held = data.read_both(args)
     rows = rows or language_data(args.pairs * args.iterations)
-    check_room(args, device, crew)
+    check_room(args, device, crew.size)
     config, dtype = read_config(args.model)[0], machine.DTYPES[args.dtype]
     variables = console.assignments(args.template_args)
     # Several processes share the weights out, and each begins with all of them on the CPU. (With
@@ -419,19 +419,18 @@ def set_up(args):
                 [ids for _, ids in held][:args.eval_items], crew)
 
 
-def check_room(args, device, crew=machine.Crew()):
+def check_room(args, device, processes=1):
     """Raise UserError where memory or disk will not do. --dry-run: print what both need."""
-    memory.check(lambda other, processes: plan(runs.changed(args, other), processes), device,
-                 args.dry_run, crew.size, runs.savings(args))
+    runs.check_memory(plan, args, device, processes)
     config, count = read_config(args.model)
-    trained = config.adapter_size(args.lora, args.lora_targets) if args.lora else count
-    runs.check_disk(args, count, trained, optimizer_floats=1, models=args.iterations + 1)
+    adapters = config.adapter_size(args.lora, args.lora_targets)
+    runs.check_disk(args, count, adapters, optimizer_floats=1, models=args.iterations + 1)
 
 
 def plan(args, processes=1):
     """The memory.plan of these settings, for each process, before any weights are loaded."""
     config, count = read_config(args.model)
-    adapters = config.adapter_size(args.lora, args.lora_targets) if args.lora else None
+    adapters = config.adapter_size(args.lora, args.lora_targets)
     room = ROOM * processes  # each process samples its own batches
     return memory.plan(config, machine.DTYPES[args.dtype], count, optimizer_floats=1,
                        positions=room, read=room, adapters=adapters,

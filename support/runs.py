@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from support import memory
 from support.console import UserError, note, positive
 from support.files import TOKENIZER_FILES, find, is_hub_name, read_json
 from support.learning import load_state, previous, read_state, save_state
@@ -148,6 +149,12 @@ def savings(args):
     return found
 
 
+def check_memory(plan, args, device, processes=1, **more):
+    """memory.check of a game's plan, a function of (settings, processes, **more)."""
+    memory.check(lambda other, count: plan(changed(args, other), count, **more), device,
+                 args.dry_run, processes, savings(args))
+
+
 def check_lora(args):
     """Raise UserError for settings of LoRA without --lora."""
     if not args.lora and (args.lora_alpha != 32 or tuple(args.lora_targets) != TARGETS):
@@ -165,14 +172,14 @@ def other_files(args):
     return {str(path): zlib.crc32(path.read_bytes()) for path in paths if path.is_file()}
 
 
-def check_disk(args, parameters, trained, optimizer_floats, models):
+def check_disk(args, parameters, adapters, optimizer_floats, models):
     """Raise UserError if a run's folder would not fit on its disk. --dry-run: print what it needs.
 
     A checkpoint is the float32 weights that are trained, and the optimizer's numbers. Two are kept,
-    and a third is there while it is written. models: how many models of so many parameters the run
-    leaves behind.
+    and a third is there while it is written. adapters: how many numbers LoRA's have, or None.
+    models: how many models of so many parameters the run leaves behind.
     """
-    checkpoint = 4 * (1 + optimizer_floats) * trained
+    checkpoint = 4 * (1 + optimizer_floats) * (adapters or parameters)
     need = 3 * checkpoint + models * DTYPES[args.dtype].itemsize * parameters
     place, gib = Path(args.resume or "runs"), 2**30
     place = place.parent if place.is_file() else place

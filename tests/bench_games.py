@@ -20,14 +20,14 @@ from smollm2 import FOLDER
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-STEPS = ("--steps", "4", "--queries", "4", "--answers", "8", "--answer-tokens", "16")
+STEPS = ("--steps", "3", "--queries", "2", "--answers", "4", "--answer-tokens", "16")
 GAMES = {
     "LSP": ("selfplay.py", *STEPS, "--query-tokens", "32", "--task", "a times-table question",
             "--reward", "majority", "--eval-items", "2", "--micro-batch", "1024"),
     "GRPO, math": ("selfplay.py", *STEPS, "--game", "grpo", "--reward", "math", "--data",
                    "questions.jsonl", "--eval-items", "2", "--micro-batch", "1024"),
-    "SPIN": ("spin.py", "--data", "questions.jsonl", "--iterations", "1", "--epochs", "2",
-             "--batch", "16", "--answer-tokens", "16", "--micro-batch", "1024"),
+    "SPIN": ("spin.py", "--data", "questions.jsonl", "--iterations", "1", "--epochs", "1",
+             "--pairs", "24", "--batch", "8", "--answer-tokens", "16", "--micro-batch", "1024"),
 }
 
 

@@ -295,15 +295,15 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
     usage.free = need
     args = selfplay.parse_args(words)
-    runs.check_disk(args, 756224, 756224, 2, 1)
+    runs.check_disk(args, 756224, None, 2, 1)
     usage.free = need - 1000
     args.resume = str(tmp_path / "cut")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "checkpoint.safetensors.previous").write_bytes(bytes(1000))
-    runs.check_disk(args, 756224, 756224, 2, 1)
+    runs.check_disk(args, 756224, None, 2, 1)
     usage.free -= 1
     with pytest.raises(UserError, match="of disk"):
-        runs.check_disk(args, 756224, 756224, 2, 1)
+        runs.check_disk(args, 756224, None, 2, 1)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -675,10 +675,11 @@ def rows(module):
 
 
 def test_flags_that_both_games_share_have_the_same_words_and_defaults():
-    """Those of `runs` are the same rows. Only three flags are each game's own by nature."""
+    """Those of `runs` are the same rows. Only four flags are each game's own by nature."""
     lsp, other = rows(selfplay), rows(spin)
     shared = lsp.keys() & other.keys()
-    assert {flag for flag in shared if lsp[flag] != other[flag]} == {"--game", "--data", "--lr", "--dry-run"}
+    different = {flag for flag in shared if lsp[flag] != other[flag]}
+    assert different == {"--game", "--data", "--lr", "--dry-run"}
     for row in (runs.MODEL, runs.ANSWER_TOKENS, *runs.SETTINGS[1:]):
         assert lsp[row[0]] == other[row[0]] == row
 
