@@ -385,9 +385,9 @@ def set_up(args):
     """The Game of these settings: model loaded, data encoded, nothing played. Raises UserError."""
     crew, device = machine.join(args.device)
     machine.check_dtype(device, args.dtype)
+    check_room(args, device, crew.size)
     rows, held = data.read_both(args)
     rows = rows or language_data(args.pairs * args.iterations)
-    check_room(args, device, crew.size)
     config, dtype = read_config(args.model)[0], machine.DTYPES[args.dtype]
     variables = console.assignments(args.template_args)
     # Several processes share the weights out, and each begins with all of them on the CPU. (With

@@ -182,8 +182,7 @@ SMALL = {selfplay: ("--steps", "4", "--queries", "2", "--answers", "3", "--eval-
          spin: ("--iterations", "2", "--pairs", "24", "--batch", "8", "--eval-items", "2")}
 
 
-@pytest.mark.parametrize("game", [selfplay, spin])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("game, dtype", [(selfplay, "float32"), (spin, "bfloat16")])
 def test_a_run_with_lora_learns_and_goes_on_to_the_same_bits(tmp_path, monkeypatch, game, dtype):
     """The checkpoint holds the adapters alone; the saved model is the base with them."""
     flags = ("--lora", "2", "--dtype", dtype, "--save-every", "2", *SMALL[game])

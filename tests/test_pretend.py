@@ -245,10 +245,9 @@ def without_seconds(rows):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-@pytest.mark.parametrize("module, flags", [
-    (selfplay, (*LSP, "--steps", "3", "--eval-every", "2", "--low-memory")),
-    (spin, (*SPIN, "--lora", "2"))], ids=["lsp", "spin"])
+@pytest.mark.parametrize("module, device, flags", [
+    (selfplay, "cuda", (*LSP, "--steps", "3", "--eval-every", "2", "--low-memory")),
+    (spin, "mps", (*SPIN, "--lora", "2"))], ids=["lsp", "spin"])
 def test_a_run_is_stopped_and_resumed_on_a_gpu(module, flags, device, tmp_path):
     """It is the run of the CPU. To the bit on mps, which has the same attention and optimizer."""
     assert command(module, tmp_path, *flags, "--run", "whole", "--device", "cpu").returncode == 0
