@@ -46,8 +46,9 @@ def plan(config, dtype, parameters, optimizer_floats, positions, tokens, adapter
     layer = norms + attention + 4 * I
     kept = (L * D if recompute else L * layer) + norms // 2  # and the norm behind all layers
     # What is alive in a layer that keeps nothing: what goes in and out, the product for queries,
-    # keys and values, its rotated queries and keys, what attention says, and SwiGLU's.
-    passing = 2 * D + 3 * W + 3 * KV + 4 * I
+    # keys and values, its rotated queries and keys, what attention says, and SwiGLU's. (With LoRA:
+    # gate and up, and what adapters add to them, one by one and side by side.)
+    passing = 2 * D + 3 * W + 3 * KV + (6 if lora else 4) * I
     # The head's backward pass: of a chunk's logits three copies in float32 and one in the dtype;
     # and the gradient of the head, in float32, to which a product in the dtype is added.
     rows, gradient = min(chunk, tokens), 0 if lora else V * D

@@ -99,18 +99,23 @@ def test_the_plan_is_what_pytorchs_tracker_sees(name, game, lora, recompute):
 
 
 @pytest.mark.filterwarnings("ignore:Expected a tensor")
-@pytest.mark.parametrize("prompts, group, length, new, sizes", [
-    (4, 4, 16, 16, {"vocab_size": 8192}),  # most are logits and probabilities
-    (8, 8, 32, 32, {}),  # the cache
-    (16, 1, 256, 16, {"intermediate_size": 1024})])  # the prompts on their way through a layer
-def test_the_plan_of_sampling_is_what_pytorchs_tracker_sees(prompts, group, length, new, sizes):
+@pytest.mark.parametrize("prompts, group, length, new, sizes, lora", [
+    (4, 4, 16, 16, {"vocab_size": 8192}, None),  # most are logits and probabilities
+    (8, 8, 32, 32, {}, None),  # the cache
+    (16, 1, 256, 16, {"intermediate_size": 1024}, None),  # the prompts' way through a layer
+    (16, 1, 256, 16, {"intermediate_size": 1024}, 4)])
+def test_the_plan_of_sampling_is_what_pytorchs_tracker_sees(prompts, group, length, new, sizes,
+                                                            lora):
     """Within 10 %, besides the weights. All prompts have one length, so there is no mask."""
     model = random_llama(hidden_size=64, head_dim=16, num_hidden_layers=4,
-                         max_position_embeddings=512, **sizes).requires_grad_(False)
+                         max_position_embeddings=512, **sizes)
+    if lora:
+        llama.adapt(model, lora)
+    model.requires_grad_(False)
     ids = [[i + 3] * length for i in range(prompts)]
     games = prompts * group
     plan, _ = plan_of(model, positions=games * (length + new), sampled=games,
-                      read=prompts * length)
+                      read=prompts * length, adapters=lora)
     peak = track_memory.tracked_sampling(model, ids, group, new)
     assert plan["sampling"] == pytest.approx(peak, rel=0.1)
 
