@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from support import adapters, console, files, machine
-from support.runs import TARGETS
+from support.adapters import TARGETS
 from support.text import Tokenizer
 
 
@@ -120,13 +120,13 @@ class Linear(nn.Linear):
                 else x.new_zeros(*x.shape[:-1], rows) for name, rows in self.parts.items()]
         return y.add_(torch.cat(more, dim=-1), alpha=self.scale)  # in place: it is large
 
-    def merged(self, A, B, scale):
-        """W + scale * B A, [rows, in], computed in float32. A, B: {part: matrix}, on any device."""
-        more = [B[name].float() @ A[name].float() if name in A
-                else torch.zeros(rows, self.in_features, device=self.weight.device)
-                for name, rows in self.parts.items()]
-        weight = self.weight.detach().float()
-        return (weight + scale * torch.cat(more).to(weight.device)).to(self.weight.dtype)
+    @torch.no_grad()
+    def merged(self):
+        """W + alpha/r B A, [rows, in], computed in float32."""
+        weight = self.weight.float()
+        more = [self.B[name].float() @ self.A[name].float() if name in self.A
+                else weight.new_zeros(rows, self.in_features) for name, rows in self.parts.items()]
+        return (weight + self.scale * torch.cat(more)).to(self.weight.dtype)
 
 
 # One decoder for all. Each family has what transformers takes where a config.json leaves a key out.
@@ -613,14 +613,16 @@ def linear_layers(model):
 
 def merge_adapter(model, folder):
     """Add the adapters of a folder, peft's or ours, to a model's weights. Raises UserError."""
-    names = adapter_names(model.config)
+    names, layers = adapter_names(model.config), linear_layers(model)
     sizes = {theirs: model.config.linear[part] for theirs, (_, part) in names.items()}
     scale, found = adapters.read(folder, model.folder, sizes)
-    for ours, layer in linear_layers(model).items():
-        both = {part: found[theirs] for theirs, (name, part) in names.items()
-                if name == ours and theirs in found}
-        A, B = ({part: pair[side] for part, pair in both.items()} for side in (0, 1))
-        layer.weight = nn.Parameter(layer.merged(A, B, scale))
+    for theirs, both in found.items():
+        ours, part = names[theirs]
+        layers[ours].A[part], layers[ours].B[part] = map(nn.Parameter, both)
+        layers[ours].scale = scale
+    for layer in layers.values():
+        layer.weight = nn.Parameter(layer.merged())
+        layer.A, layer.B, layer.scale = nn.ParameterDict(), nn.ParameterDict(), 0.0
 
 
 def adapter_names(config):
@@ -691,7 +693,7 @@ def save(model, folder):
                 found[theirs] = weights[f"{ours}.A.{part}"], weights[f"{ours}.B.{part}"]
         adapters.write(Path(folder) / "adapter", model.folder, model.lora, found)
         for name, layer in layers.items():
-            weights[f"{name}.weight"] = layer.merged(layer.A, layer.B, layer.scale).detach().cpu()
+            weights[f"{name}.weight"] = layer.merged().cpu()
     tensors = {}
     for ours, parts in weight_names(model.config).items():
         weight = weights[ours].to(getattr(model, "saved_in", weights[ours].dtype))

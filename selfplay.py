@@ -299,8 +299,8 @@ def gradients(game, player, advantage, beta, args, alpha=1.0):
         (active * alpha * terms["loss"]).backward()
         if active:
             figures.append(torch.stack([term.detach() for term in terms.values()]))
-    sums = [sum(crew.all(sum(values))) for values in zip(*torch.stack(figures).tolist())]
-    loss, policy, kl = sums
+    loss, policy, kl = (sum(crew.all(sum(values)))
+                        for values in zip(*torch.stack(figures).tolist()))
     return {"loss": loss / crew.size, "policy": policy / crew.size,
             "kl": kl / lengths.sum().item()}
 
@@ -495,7 +495,8 @@ def set_up(args, device, crew=machine.Crew()):
         reference = load(args.model, *where, *template)[0].requires_grad_(False)
         machine.shard(reference, device, dtype)
     if alone and args.low_memory and device.startswith("cuda"):
-        for frozen in [reference] * (not args.lora) + [part.model for part in readers]:
+        own = [] if args.lora else [reference]  # with LoRA its weights are the model's
+        for frozen in own + [part.model for part in readers]:
             machine.offload(frozen)
     judge = prompt = None
     if args.game == "lsp" and args.judge == "expected":
@@ -515,8 +516,8 @@ def set_up(args, device, crew=machine.Crew()):
     optimizer = learning.optimizer_for(model, torch.optim.AdamW, lr=args.lr, weight_decay=0.0,
                                        fused=True)
     # No two processes may play the same games, and all must draw the same instructions.
-    own = random.Random(f"{args.seed} {crew.rank}").getrandbits(32) if crew.rank else args.seed
-    generator, rng = torch.Generator(device).manual_seed(own), random.Random(args.seed)
+    generator = torch.Generator(device).manual_seed(crew.seed(args.seed))
+    rng = random.Random(args.seed)
 
     embedded = language.spoken_by(args.model)
     if embedded and held is None:

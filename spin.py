@@ -141,9 +141,9 @@ def spin_gradients(player, pairs, ref, lam, args, crew=machine.Crew()):
         margin = spin_margin(lp.detach(), ref[here], lam)  # [n]
         figures = [loss.detach(), margin.sum(), (margin > 0).sum(), *lp.detach().sum(0)]
         found.append(torch.stack(figures))
-    total = torch.tensor([constant / crew.size, 0.0, 0.0, 0.0, 0.0])
     if not different:
         return {"loss": torch.tensor(constant).item() / len(pairs)}
+    total = torch.tensor([constant / crew.size, 0.0, 0.0, 0.0, 0.0])
     for figures in torch.stack(found).cpu():
         total += figures
     total = sum(crew.all(total))
@@ -408,8 +408,7 @@ def set_up(args):
     prompts = [prompt for _, (prompt, _) in found]
     answers, cut = cut_answers([reply for _, (_, reply) in found], args.answer_tokens)
     # All have the same pairs in the same order, and no two answer with the same random numbers.
-    own = random.Random(f"{args.seed} {crew.rank}").getrandbits(32) if crew.rank else args.seed
-    generator = torch.Generator(device).manual_seed(own)
+    generator = torch.Generator(device).manual_seed(crew.seed(args.seed))
     start = learning.fingerprint(player, rows + [row for row, _ in held])
     if args.lora:
         adapt(player, args.lora, args.lora_alpha, args.lora_targets, args.seed)

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from support.console import UserError, one_line
 from support.files import ADAPTER, read_json
 
+# The linear layers of a block, by their names in Hugging Face's layout.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's, before a layer's name in its base
 

@@ -6,6 +6,7 @@ shared out among them by PyTorch's FSDP2. They are gathered once for sampling, a
 training.
 """
 import os
+import random
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -65,6 +66,10 @@ class Crew(NamedTuple):
         """
         n = len(items)
         return items[self.rank * n // self.size:(self.rank + 1) * n // self.size]
+
+    def seed(self, seed):
+        """This process's own seed, from a run's: no two sample alike. The first has the run's."""
+        return random.Random(f"{seed} {self.rank}").getrandbits(32) if self.rank else seed
 
     def all(self, mine):
         """What every process has, in order of rank: a list of `size` objects."""
@@ -152,9 +157,12 @@ def whole(tensor):
 
 
 def average(weights, crew):
-    """Average the processes' gradients of weights that each of them holds whole."""
+    """Average the processes' gradients of weights that each of them holds whole.
+
+    All processes have a gradient, or none has: in SPIN, where no pair of a batch differs.
+    """
     for weight in weights:
-        if crew.size > 1 and not hasattr(weight, "full_tensor"):
+        if crew.size > 1 and not hasattr(weight, "full_tensor") and weight.grad is not None:
             dist.all_reduce(weight.grad)
             weight.grad /= crew.size
 

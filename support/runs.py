@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from support import memory
+from support.adapters import TARGETS
 from support.console import UserError, note, positive
-from support.files import TOKENIZER_FILES, find, is_hub_name, read_json
+from support.files import TOKENIZER_FILES, adapter_of, find, is_hub_name, read_json
 from support.learning import load_state, previous, read_state, save_state
 from support.machine import DEVICE, DTYPES, Crew
 
@@ -43,8 +44,6 @@ EVAL_DATA = ("--eval-data", str, None, None,
              "held-out rows for the scores, as --data; without it a tenth of --data is held out; "
              "none: nothing is")
 ANSWER_TOKENS = ("--answer-tokens", positive(int), 32, 256, "longest answer")
-# The linear layers of a block, by their names in Hugging Face's layout.
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # With LoRA the learning rate is this many times that of full training. Ten is what Schulman et al.
 # found best ("LoRA Without Regret", 2025), for fine-tuning and for reinforcement learning.
 LORA_RATE = 10
@@ -96,7 +95,7 @@ def model_folder(name):
         return name
     if not folder.is_dir():
         raise UserError(f"{name}: no such model folder")
-    read_json(find(folder) / "config.json")
+    read_json(find(folder, ["config.json"]) / "config.json")
     return folder
 
 
@@ -156,7 +155,11 @@ def check_memory(plan, args, device, processes=1, **more):
 
 
 def check_lora(args):
-    """Raise UserError for settings of LoRA without --lora."""
+    """Raise UserError for settings of LoRA without --lora, and for --lora on an adapter."""
+    if args.lora and adapter_of(model_folder(args.model)):
+        raise UserError(f"--lora on {args.model}, which is an adapter itself: what is trained on "
+                        "top would belong to no model's folder; merge it into its base first "
+                        "(peft's merge_and_unload)")
     if not args.lora and (args.lora_alpha != 32 or tuple(args.lora_targets) != TARGETS):
         raise UserError("--lora-alpha and --lora-targets are about --lora: name its rank, too")
 

@@ -22,7 +22,7 @@ UNIT = (r"(?:in(?=\.?$|\^)|" + "|".join(sorted(map(re.escape, UNITS.keys() - {"i
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
           "trillion": 10**12, "dozen": 12}
 POWER = r"10\^(?:\{[+-]?\d\d?\}|[+-]?\d\d?)"
-# A number in plain text: 1,234.50, 1 234, 1.234,5, -$3, 1e5, 3 × 10^8, 3/4, 2 1/2, 5 million, 5 cm.
+# A number in plain text: 1,234.50, 1 234, 1.234,5, -$3, 1e5, 3 × 10^8, 3/4, 2 1/2, 5 cm.
 # A piece of a longer expression is none: 2^10, 1,2, 5x, 5:30. One that is joined to what stands
 # before it is not clear: 5 or 6, 3, 4, x - 2, half of 8.
 NUMBER = re.compile(rf"""
@@ -36,7 +36,8 @@ NUMBER = re.compile(rf"""
     (?:(?P<mixed>\d+)[ ](?P<part>[1-9]\d*/[1-9]\d*)
       |(?P<ten>{POWER})
       |(?P<base>[1-9]\d{{0,2}}(?:(?:\.\d{{3}})+,\d+|(?:\.\d{{3}}){{2,}})
-          |(?:[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+|(?:['’]\d{{3}})+)|\d+)(?:\.\d+)?|\.\d+)
+          |(?:[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:[ ]\d{{3}})+|(?:['’]\d{{3}})+)|\d+)(?:\.\d+)?
+          |\.\d+)
        (?P<power>[eE][+-]?\d\d?|[ ]?[x×·*][ ]?{POWER})?(?:/(?P<under>[1-9]\d*))?)
     (?:[ ](?P<scale>{"|".join(SCALES)})s?\b)?
     (?P<unit>(?:(?:[ ](?:square|sq\.?|cubic)[ ]|[ -]|(?=[a-zA-Z]{{2}}|[%°¢])){UNIT})?
@@ -53,7 +54,8 @@ WORDS = r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}]*)\}"  # in LaTeX
 SIGNS = [  # LaTeX around numbers, and how it is written in plain text
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))", "°"), (r"\\times(?![a-z])", "×"),
     (r"\\cdot(?![a-z])", "·"), (r"\\pm(?![a-z])", "±"), (r"\\\$", "$"), (r"\\%", "%"),
-    (r"\\l(?:eq?|t)(?![a-z])", "≤"), (r"\\g(?:eq?|t)(?![a-z])", "≥"), (r"\\neq?(?![a-z])", "≠"),
+    (r"\\l(?:eq?|t)(?![a-z])", "≤"), (r"\\g(?:eq?|t)(?![a-z])", "≥"),
+    (r"\\neq?(?![a-z])", "≠"),
     (r"\\(?:to|rightarrow|Rightarrow|implies|approx)(?![a-z])", "="),
     (r"\\[()\[\]]|\\(?:left|right)(?![a-z])|(?<!\\)\\[ ,;!]", " ")]
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import model as llama
 import selfplay
 import spin
-from support import learning
+from support import learning, machine
 from support.console import UserError
 
 IDS = torch.tensor([[5, 17, 30, 8, 21, 44, 9]])
@@ -162,13 +162,22 @@ def test_an_adapter_that_does_not_fit_is_one_line(folder_of_an_adapter, spoil, w
     (("--lora", "129"), "--lora 129 is above the model's width of 128"),
     (("--lora-alpha", "8"), "name its rank"),
     (("--lora-targets", "q_proj"), "name its rank"),
+    (("--lora", "2", "--model", "adapter"), "which is an adapter itself"),
 ])
 @pytest.mark.parametrize("game", [selfplay, spin])
 def test_settings_that_make_no_adapter_are_refused(tmp_path, game, flags, words):
     """Before anything is written."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(ROOT / "tiny")}))
     done = command(game, tmp_path, *flags)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_weights_without_a_gradient_are_not_averaged():
+    """In SPIN that is a batch in which no pair differs. (No process group is there to ask.)"""
+    machine.average([torch.nn.Parameter(torch.zeros(2))], machine.Crew(0, 2))
 
 
 def test_a_reward_model_gets_no_adapter():

@@ -327,8 +327,8 @@ def test_choices_of_the_embedded_default(tmp_path, tiny):
     assert tokenizer.choices(hostile, "01234567") == ([], digits)
 
 
-@pytest.mark.parametrize("words", [["10", "11"], ["3", "3"], ["3", "10"], ["ab", "cd"], ["é", "ü"],
-                                   ["3"]])
+@pytest.mark.parametrize("words", [["10", "11"], ["3", "3"], ["3", "10"], ["ab", "cd"],
+                                   ["é", "ü"], ["3"]])
 def test_choices_have_to_be_one_token_each(tiny, words):
     with pytest.raises(UserError, match="does not write .* as one token each"):
         tiny[1].choices(ASKED, words)
