@@ -80,6 +80,12 @@ def test_shares_are_equal_in_order_and_merge_to_the_whole(others):
     assert alone.all("mine") == ["mine"]
 
 
+def test_every_process_has_a_seed_of_its_own():
+    """The first has the run's: one process alone samples as it always did."""
+    seeds = [Crew(rank, 4).seed(5) for rank in range(4)]
+    assert seeds[0] == 5 and len({*seeds, *(Crew(rank, 4).seed(6) for rank in range(4))}) == 8
+
+
 def test_a_process_with_less_work_keeps_in_step(others):
     """The processes gather weights together, so all go through the model equally often."""
     work = [["a", "b", "c"], ["d"]]

@@ -304,6 +304,7 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch):
     usage.free -= 1
     with pytest.raises(UserError, match="of disk"):
         runs.check_disk(args, 756224, None, 2, 1)
+    runs.check_disk(args, 756224, 1000, 2, 1)  # LoRA's checkpoints hold the adapters alone
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
