@@ -13,7 +13,8 @@ On a GPU, with as many queries and answers as a step of the paper has:
             of `--dry-run`. On a CPU the peak is the process's, so of several sizes only the first
             has the right one.
     trl:    the same number of games with TRL's GRPOTrainer, which generates through transformers.
-            Sizes, tokens and reward model are the same; there is no Challenger and no judge.
+            Sizes, tokens and reward model are the same; there is no Challenger and no judge. (For
+            the same work on both sides: --game grpo --data FILE.)
             Where ours are bfloat16 with float32 masters, it runs twice: with float32 weights under
             autocast, as is its default, and with bfloat16 weights without masters. Answers of
             random weights decode to short texts, so rewards cost little.
@@ -42,7 +43,7 @@ import torch
 
 import model as llama
 import selfplay
-from support import memory
+from support import data, memory
 from support.machine import DTYPES
 
 LLAMA3 = {
@@ -220,8 +221,10 @@ def bench_trl(folder, reward, flags, rounds, weights):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else 0
-    prompts = [user(f"{i} and {i * i}?") for i in range(args.queries * (rounds + 1))]
-    data = Dataset.from_dict({"prompt": prompts})
+    rows = data.read_both(args)[0]  # of --data; ours is asked the same
+    asked = [row.messages for row in rows] if rows else [user(f"{i} and {i * i}?")
+                                                         for i in range(args.queries)]
+    prompts = [asked[i % len(asked)] for i in range(args.queries * (rounds + 1))]
     with tempfile.TemporaryDirectory() as temporary:
         config = GRPOConfig(
             output_dir=temporary, use_cpu=not cuda, per_device_train_batch_size=size,
@@ -233,7 +236,7 @@ def bench_trl(folder, reward, flags, rounds, weights):
             logging_strategy="no", save_strategy="no", disable_tqdm=True, seed=0,
         )
         trainer = GRPOTrainer(
-            str(folder), str(reward), config, data,
+            str(folder), str(reward), config, Dataset.from_dict({"prompt": prompts}),
             processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Clock()])
         trainer.train()
     result = sizes(args) | {"step_s": statistics.median(times[1:])}
