@@ -58,9 +58,8 @@ def step(game, args):
     rows, answers, challenger, solver = play(game, args)  # N conversations, N lists of G texts
     queries = [row.query for row in rows]
     reward, quality = score(game, rows, answers)  # R, R_Q [N, G]
-    weighted = args.quality * quality
-    paid = pay_of(game, args, queries, reward, weighted)  # [N]: -V + V_Q
-    a_sol, a_ch = advantages(reward + weighted, paid, args.advantage)  # [N, G], [N]
+    paid = pay_of(game, args, queries, reward, quality)  # [N]: -V + V_Q
+    a_sol, a_ch = advantages(reward + args.quality * quality, paid, args.advantage)  # [N, G], [N]
     losses = {"solver": gradients(game, solver, a_sol, args.kl, args)}
     if challenger:  # grpo has none
         losses["challenger"] = gradients(game, challenger, a_ch, args.kl_challenger, args,
@@ -260,7 +259,12 @@ def score(game, rows, answers):
 
 
 def pay_of(game, args, queries, reward, quality):
-    """What the Challenger is paid for its N queries, [N]. quality: weighted. Raises UserError."""
+    """What the Challenger is paid for its N queries, [N]. Raises UserError.
+
+    R_Q is weighted by --quality here, too, or by --quality-challenger.
+    """
+    own = args.quality_challenger
+    quality = (args.quality if own is None else own) * quality
     inside = bool(((reward >= 0) & (reward <= 1)).all())
     if args.pay in PAY and args.pay != "minimax" and not inside:
         raise console.UserError(f"--pay {args.pay} is for rewards between 0 and 1, and --reward "
@@ -370,6 +374,8 @@ SETTINGS = [
      "alpha_Ch, weight of the Challenger's loss; with more it asks what nobody can answer"),
     ("--quality", ZERO_TOO, 1.0, 7.0,
      "weight of the quality self-reward R_Q, in lsp; R_Q is 0 to 1, so 7 counts points"),
+    ("--quality-challenger", ZERO_TOO, None, None,
+     "the same in what the Challenger is paid; without it: as --quality, as in the paper"),
     ("--judge", ("expected", "written"), "expected", "expected",
      "how R_Q is read: the expected grade of one forward pass, or (with a real model) a written "
      "verdict, as in the paper"),
@@ -392,9 +398,9 @@ SETTINGS = [
 
 
 # Flags that mean nothing in a game: they are refused there.
-IDLE = {"grpo": ("--pay", "--alpha-ch", "--kl-challenger", "--query-tokens", "--quality", "--judge",
-                 "--task", "--template"),
-        "lsp-zero": ("--quality", "--judge")}
+IDLE = {"grpo": ("--pay", "--alpha-ch", "--kl-challenger", "--query-tokens", "--quality",
+                 "--quality-challenger", "--judge", "--task", "--template"),
+        "lsp-zero": ("--quality", "--quality-challenger", "--judge")}
 
 
 def parse_args(argv=None):
@@ -428,7 +434,7 @@ def refuse(args, real):
             (real and (not args.reward or "exact" in dict(console.specs(args.reward))),
              f"{foreign}, so --reward exact cannot judge it: name a reward model, "
              "file.py:function, majority, or math"),
-            (args.quality == 0 and args.game == "lsp",
+            (args.quality == 0 and not args.quality_challenger and args.game == "lsp",
              "--quality 0 leaves the judge out: that is --game lsp-zero"),
             (args.judge == "written" and not real,
              "--judge written is for models that do not speak the embedded language: that one's "

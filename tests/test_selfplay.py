@@ -482,6 +482,20 @@ def test_a_pay_of_ones_own(tmp_path):
         assert says in run(tmp_path, *small, "--pay", f"mine.py:{name}", expect=2).stderr
 
 
+@pytest.mark.parametrize("flags, of_solver, of_challenger", [
+    (["--quality", "0.5"], 0.5, 0.5), (["--quality", "0.5", "--quality-challenger", "0"], 0.5, 0),
+    (["--quality", "0", "--quality-challenger", "2"], 0, 2)])
+def test_each_player_has_its_own_weight_of_the_self_reward(tmp_path, flags, of_solver,
+                                                           of_challenger):
+    """LSP gives R_Q to both alike. --quality-challenger parts them."""
+    args = selfplay.parse_args([*TINY, "--queries", "3", "--answers", "4", *flags])
+    game = selfplay.set_up(args, "cpu")
+    played = selfplay.step(game, args)
+    R, R_Q = played.reward, played.quality
+    a_sol, a_ch = advantages(R + of_solver * R_Q, of_challenger * R_Q.mean(1) - R.mean(1))
+    assert torch.allclose(played.a_sol, a_sol) and torch.allclose(played.a_ch, a_ch)
+
+
 def test_a_pay_for_rewards_of_0_to_1_refuses_others(tmp_path):
     """With a reward model's numbers R-Zero's pay would be nonsense. LSP's own takes any number."""
     (tmp_path / "mine.py").write_text("def scores(queries, answers):\n"
