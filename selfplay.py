@@ -391,6 +391,8 @@ SETTINGS = [
     *runs.SETTINGS,
     ("--eval-every", COUNT, 50, 150,
      "steps between scores on held-out questions, for the curves; 200 questions, or fewer"),
+    ("--keep-every", COUNT, None, None,
+     "steps between models that are kept beside the last one, as step-N in the run's folder"),
     ("--show-every", COUNT, 100, 100, "print one game every so many steps"),
     ("--dry-run", bool, False, False,
      "only say what memory these settings need and how long a step takes; save nothing"),
@@ -483,7 +485,8 @@ def set_up(args, device, crew=machine.Crew()):
             runs.check_memory(plan, args, device, crew.size, longest=max(first, second))
     config, count = read_config(args.model)
     adapters = config.adapter_size(args.lora, args.lora_targets)
-    runs.check_disk(args, count, adapters, optimizer_floats=2, models=1)
+    kept = (args.steps - 1) // args.keep_every if args.keep_every else 0
+    runs.check_disk(args, count, adapters, optimizer_floats=2, models=1 + kept)
     referee, readers, pay = load_judgement(args, device, dtype, template, rows, held)
     # Several processes share the weights out, and each begins with all of them on the CPU. There
     # the reference is loaded anew, so that each process holds one whole copy at a time. (With LoRA
@@ -632,6 +635,8 @@ def train(game, run, args):
             if number % args.show_every == 0 or number == 1:
                 bar.write("\n" + record.game_text(number, played, valid))
             stop = any(crew.all(bool(asked)))
+            if args.keep_every and number % args.keep_every == 0 and number < args.steps:
+                save(game.model, run.folder / f"step-{number}")
             if run.due(number) or stop or number == args.steps:
                 run.checkpoint(game.optimizer, game.generator, {
                     "step": number, "rng": game.rng.getstate(), "said": said, "recent": recent})

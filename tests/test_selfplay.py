@@ -15,7 +15,7 @@ from conftest import ROOT, command, llama3_tokenizer, random_llama, read_lines
 import selfplay
 from model import generate, groups, load, logprobs, pack, save
 from selfplay import AGGREGATE, PAY, Game, Player, advantages, fold, gradients, player_loss
-from support import data, learning, record
+from support import data, learning, record, runs
 from support.machine import Crew
 
 R = torch.tensor([  # N = 3 queries, G = 4 answers; V = 1/4, 3/4, 0
@@ -480,6 +480,21 @@ def test_a_pay_of_ones_own(tmp_path):
                        ("fails", "the pay fails failed: ZeroDivisionError"),
                        ("gone", "has no function 'gone'")):
         assert says in run(tmp_path, *small, "--pay", f"mine.py:{name}", expect=2).stderr
+
+
+def test_models_that_are_kept_on_the_way(tmp_path):
+    """--keep-every 2 of five steps: two of them, each as it stood then, and the last one.
+
+    A run's folder still stands for its last model.
+    """
+    small = [*TINY, "--queries", "2", "--answers", "2", "--steps", "5", "--run", "a"]
+    run(tmp_path, *small, "--keep-every", "2")
+    folder = tmp_path / "runs" / "a"
+    kept = runs.iterates(folder)
+    assert [path.name for path in kept] == ["step-2", "step-4", "model"]
+    assert runs.model_folder(folder) == folder / "model"
+    assert len({(path / "model.safetensors").read_bytes() for path in kept}) == 3
+    assert load(folder / "step-2")[0].config == load(folder / "model")[0].config
 
 
 @pytest.mark.parametrize("flags, of_solver, of_challenger", [
