@@ -140,11 +140,13 @@ WORTH = Question(
 # --------------------------------------------------------------------------------------------------
 # Does it go on?
 
+KEPT = "--keep-every 500"  # models on the way, which are scored, too
 LONG = {500: LSP, 1000: play("LSP, 1,000 steps", 1000),
-        2500: play("LSP, 2,500 steps", 2500, seeds=5), 5000: play("LSP, 5,000 steps", 5000),
+        2500: play("LSP, 2,500 steps", 2500, KEPT, seeds=5),
+        5000: play("LSP, 5,000 steps", 5000),
         10000: play("LSP, 10,000 steps", 10000, seeds=1)}
 LONG_GRPO = {500: GRPO, 1000: play("GRPO, 1,000 steps", 1000, game="grpo"),
-             2500: play("GRPO, 2,500 steps", 2500, game="grpo", seeds=5),
+             2500: play("GRPO, 2,500 steps", 2500, KEPT, game="grpo", seeds=5),
              5000: play("GRPO, 5,000 steps", 5000, game="grpo")}
 RESTARTED = [LSP]  # the result becomes start, judge and reference
 for i in range(2, 6):
@@ -164,7 +166,21 @@ def goes_on_panels(r):
         lines = {"LSP": LONG, "GRPO on endless data": LONG_GRPO, "LSP, restarted": restarts}
         panels.append(Panel(f"{title}: gain, points",
                             {k: line(q, v, way) for k, v in lines.items()}, "steps", log=True))
-    return panels + curve_panels(r, [LONG[2500], LONG[5000], LONG[10000]])
+    return [*panels, *(way_panel(r, way) for way in ("sampled", "greedy", "pass@8")),
+            *curve_panels(r, [LONG[2500], LONG[5000], LONG[10000]],
+                          ("reward", "valid", "spread", "agreement", "similarity"))]
+
+
+def way_panel(r, way):
+    """The gains on the way through 2,500 steps, of the models that were kept."""
+    lines = {}
+    for run in filter(r.has, (LONG[2500], LONG_GRPO[2500])):
+        first = r.results(run)[0]
+        names = [model["name"] for model in first["models"]]  # step-500, .., model
+        last = re.search(r"--steps (\d+)", first["command"])[1]
+        steps = [int(name.partition("-")[2] or last) for name in names]
+        lines[run.name] = steps, [r.gain(run, way, model=i) for i in range(len(names))]
+    return Panel(f"on the way, {way}: gain, points", lines, "step")
 
 
 def curve_panels(r, runs, keys=("reward", "valid", "spread", "agreement")):
@@ -186,7 +202,8 @@ def curve_panels(r, runs, keys=("reward", "valid", "spread", "agreement")):
 
 GOES_ON = Question(
     "Does it go on?",
-    "The same games, with the schedule stretched to more steps. Restarted: the result of 500 steps "
+    "The same games, with the schedule stretched to more steps. Runs of 2,500 steps are scored on "
+    "the way, too, where their rate has not fallen to 0 yet. Restarted: the result of 500 steps "
     "becomes the start, the judge and the reference of the next 500.",
     [*LONG.values(), *LONG_GRPO.values(), *RESTARTED[1:], THEN_LSP, THEN_GRPO],
     [("LSP goes on from 500 to 2,500 steps, sampled", beats(LONG[2500], LSP)),
@@ -440,7 +457,7 @@ def wanted_of(question, args):
 
 def quicker(run):
     """The same run for --quick."""
-    command = re.sub(r"--(steps|pairs) (\d+)",
+    command = re.sub(r"--(steps|pairs|keep-every) (\d+)",
                      lambda m: f"--{m[1]} {max(10, int(m[2]) // QUICKER)}", run.command)
     return run._replace(command=command, after=run.after and quicker(run.after))
 
@@ -471,7 +488,8 @@ def trials_of(question, args):
 def cost(queue, wanted, quick):
     """(trials without a result, about how many minutes of one thread they take)."""
     missing = [(run, seed) for run, seed in wanted if not queue.is_done(run, seed)]
-    models = sum(4 if run.command.startswith("spin") else 1 for run, _ in missing)
+    models = sum(4 if run.command.startswith("spin") else 5 if KEPT in run.command else 1
+                 for run, _ in missing)
     asking = models * (0.3 if quick else 0.7)  # minutes for the scores of a model
     return missing, asking + sum(rough_minutes(run, queue.found) for run, _ in missing)
 
@@ -538,6 +556,23 @@ def parse_args(argv=None):
     return args
 
 
+def listed(args, results):
+    """What the questions cost, each alone and all together, as text. Raises UserError."""
+    lines, every = [], {}
+    for name, question in QUESTIONS.items():
+        queue, wanted = trials.Queue(args.out, results, name, {}), trials_of(question, args)
+        every |= {(run.slug, seed): (run, seed) for run, seed in wanted}
+        lines += [f"{name:<12} {question.title}", f"{'':12} {costs(queue, wanted, args)}"]
+    return "\n".join([*lines, f"{'all':<12} {costs(queue, every.values(), args)}"])
+
+
+def costs(queue, wanted, args):
+    """What `cost` says, as text."""
+    missing, minutes = cost(queue, wanted, args.quick)
+    return (f"{len(wanted)} runs, {len(missing)} of them to be played: about {minutes:,.0f} "
+            "minutes of one thread")
+
+
 def main(argv=None):
     """Play what is missing for a question, and write its page; without a name, list them all."""
     args = parse_args(argv)
@@ -545,12 +580,7 @@ def main(argv=None):
     if not args.quick:
         results = ROOT / results  # an absolute one stays as it is
     if args.name is None:
-        for name, question in QUESTIONS.items():
-            wanted = trials_of(question, args)
-            missing, minutes = cost(trials.Queue(args.out, results, name, {}), wanted, args.quick)
-            print(f"{name:<12} {question.title}\n{'':12} {len(wanted)} runs, {len(missing)} of "
-                  f"them to be played: about {minutes:,.0f} minutes of one thread")
-        return
+        return print(listed(args, results))
     question = QUESTIONS[args.name]
     if not args.draw:
         sets = {name: SETS[name] for name in question.sets}
@@ -558,10 +588,8 @@ def main(argv=None):
             sets = {name: re.sub(r"--items \d+", "--items 500", sets[name]) for name in sets}
         queue = trials.Queue(open_folder(args.out), results, args.name, sets)
         wanted = trials_of(question, args)
-        missing, minutes = cost(queue, wanted, args.quick)
-        print(f"{question.title}\n{len(wanted)} runs, {len(missing)} of them to be played: about "
-              f"{minutes:,.0f} minutes of one thread, {args.jobs} at once", flush=True)
-        queue.play_all(missing, args.jobs)
+        print(f"{question.title}\n{costs(queue, wanted, args)}, {args.jobs} at once", flush=True)
+        queue.play_all(wanted, args.jobs)
     write_up(args.name, question, results, args)
 
 

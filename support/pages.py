@@ -97,7 +97,8 @@ def row(question, r, run, model, number=1):
     ends = [""] * len(question.ends)
     if not r.has(run):
         return [run.name, "0", "missing", *[""] * 5, *ends, ""]
-    name = run.name + (f", iteration {model}" if number > 1 else "")
+    own = r.results(run)[0]["models"][model]["name"]  # iteration-0, step-500, model
+    name = run.name + (f", {own.replace('-', ' ')}" if number > 1 and own != "model" else "")
     cells, is_start = [name, f"{len(r.seeds(run))}"], run is AT_START
     for way in ("sampled", "greedy"):
         cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*r.level(run, way, model)))

@@ -161,8 +161,13 @@ def made_up(folder, gains, runs=RUNS, seeds=(10, 11, 12), valid=()):
     for seed in seeds:
         for run in (AT_START, *runs):
             own = gains.get(run.name, 0.1 if run.command else 0.0)
-            models = [{"name": "model", "scores": scores(0.5 + gain)}
-                      for gain in (own if isinstance(own, tuple) else (own,))]
+            own = own if isinstance(own, tuple) else (own,)
+            kind = "iteration" if run.command.startswith("spin") else "step"
+            names = [f"{kind}-{i}" for i in range(len(own))]
+            if kind == "step":
+                names[-1] = "model"
+            models = [{"name": name, "scores": scores(0.5 + gain)}
+                      for name, gain in zip(names, own)]
             slope = dict(valid).get(run.name, 0.0) * (1 + 0.01 * seed)
             curves = {key: [0.9 + slope * i / 9 for i in range(10)] for key in
                       ("valid", "reward", "spread", "agreement", "distinct", "similarity",
@@ -200,7 +205,7 @@ HOLD = {"SPIN": SHRINKING, "SPIN on its own data": SHRINKING,
         "more fine-tuning": 0.05, "more fine-tuning on its own data": 0.05,
         "more fine-tuning on its own data, six epochs": 0.05,
         "SPIN, one long iteration": 0.05, "SPIN on its own data, one long iteration": 0.05,
-        "LSP, 2,500 steps": 0.2, "LSP, 5,000 steps": 0.3, "LSP, restart 4": 0.3,
+        "LSP, 2,500 steps": (0.1, 0.2), "LSP, 5,000 steps": 0.3, "LSP, restart 4": 0.3,
         "GRPO, then LSP": 0.2, "LSP-Zero, eager": 0.05, "LSP paid r-zero": 0.2,
         "LSP paid r-zero, eager": 0.3, "LSP, random Challenger": 0.02,
         "LSP, eager, Challenger's quality alone": 0.2, "LSP, 32 answers": 0.15,
@@ -255,6 +260,9 @@ def test_a_page_and_its_picture_are_drawn_from_results_alone(name, tmp_path, cap
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1 and rows[2].startswith("| start | 3 | 50.0")
     assert text.count("\n- **") == len(QUESTIONS[name].claims)
+    several = {"goes-on": ["| LSP, 2,500 steps, step 0 | 3 | 60", "| LSP, 2,500 steps | 3 | 70"],
+               "spin": [f"| SPIN, iteration {t} | 3 | " for t in range(4)]}
+    assert all(row in text for row in several.get(name, []))
     assert "quick" not in text and f"    python recipes/claims.py {name}\n" in text
 
 
