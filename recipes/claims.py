@@ -291,14 +291,14 @@ LEARNING = Question(
 EAGER = "--alpha-ch 0.03"  # large enough for LSP and LSP-Zero to drift apart in 900 steps
 WEIGHTS = {  # whom the quality self-reward is given to, with which weight
     "quality 0.25": "--quality 0.25", "quality 4": "--quality 4",
-    "Solver's quality alone": "--quality-challenger 0",
-    "Challenger's quality alone": "--quality 0 --quality-challenger 1"}
+    "self-reward for the Solver alone": "--quality-challenger 0",
+    "self-reward for the Challenger alone": "--quality 0 --quality-challenger 1"}
 WEIGHED = {name: play(f"LSP, {name}", 500, flags) for name, flags in WEIGHTS.items()}
 EAGER_ZERO = play("LSP-Zero, eager", 900, EAGER, game="lsp-zero")
 EAGER_LSP = play("LSP, eager", 900, EAGER)
 EAGER_WEIGHED = {name: play(f"LSP, eager, {name}", 900, f"{EAGER} {flags}")
                  for name, flags in WEIGHTS.items()}
-ALONE = EAGER_WEIGHED["Challenger's quality alone"]
+ALONE = EAGER_WEIGHED["self-reward for the Challenger alone"]
 
 
 def degenerates(r):

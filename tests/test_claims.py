@@ -208,7 +208,7 @@ HOLD = {"SPIN": SHRINKING, "SPIN on its own data": SHRINKING,
         "LSP, 2,500 steps": (0.1, 0.2), "LSP, 5,000 steps": 0.3, "LSP, restart 4": 0.3,
         "GRPO, then LSP": 0.2, "LSP-Zero, eager": 0.05, "LSP paid r-zero": 0.2,
         "LSP paid r-zero, eager": 0.3, "LSP, random Challenger": 0.02,
-        "LSP, eager, Challenger's quality alone": 0.2, "LSP, 32 answers": 0.15,
+        "LSP, eager, self-reward for the Challenger alone": 0.2, "LSP, 32 answers": 0.15,
         "GRPO, 2,500 steps": 0.2, "GRPO on 32": 0.05, "GRPO on 64": 0.08}
 
 
@@ -232,9 +232,9 @@ def test_claims_that_fail(tmp_path):
               "LSP, restart 4": -0.3, "LSP paid r-zero": -0.3, "LSP paid r-zero, eager": -0.3,
               "GRPO on endless data": 0.2, "SPIN on its own data": (-0.1, -0.2), "LSP": -0.15,
               "SPIN, one long iteration": 0.1, "SPIN on its own data, one long iteration": 0.1,
-              "more fine-tuning": 0.1, "LSP, eager, Challenger's quality alone": -0.4}
+              "more fine-tuning": 0.1, "LSP, eager, self-reward for the Challenger alone": -0.4}
     r = made_up(tmp_path, shares, valid={"LSP, eager": -0.3, "LSP-Zero, eager": 0.1,
-                                         "LSP, eager, Challenger's quality alone": -0.3})
+                                         "LSP, eager, self-reward for the Challenger alone": -0.3})
     for name in QUESTIONS:
         verdicts = {verdict for verdict, _ in said(name, r).values()}
         assert verdicts <= {"no", "not decided", ""} and "no" in verdicts, (name, said(name, r))
