@@ -256,9 +256,9 @@ class PairJudge:
         """
         pairs = [self.fitting(*pair) for pair in zip(queries, ours, theirs)]
         self.cut = sum(x != a or y != b for (x, y), a, b in zip(pairs, ours, theirs))
-        rows = [[self.ids(query, x, y), self.ids(query, y, x)]
-                for query, (x, y) in zip(queries, pairs)]
-        logits = F.linear(last_states(self.model, rows), self.model.head[self.letters])
+        texts = [self.ids(query, *order)
+                 for query, (x, y) in zip(queries, pairs) for order in ((x, y), (y, x))]
+        logits = F.linear(last_states(self.model, texts), self.model.head[self.letters])
         says_a = logits.argmax(-1).view(-1, 2) == 0  # [n, 2]
         return (says_a[:, 0].float() + (~says_a[:, 1]).float()).cpu() / 2
 

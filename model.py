@@ -15,6 +15,7 @@ head size, vocab words; N prompts, G completions of each, M = N * G completions,
 import copy
 import math
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,24 +34,25 @@ class Block(nn.Module):
     """One layer: attention, then SwiGLU, each behind an RMSNorm. __init__ is below `forward`."""
 
     def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
-        """x [B, T, D] -> x. cos, sin [B or 1, 1, T, C/2]. mask: see `attend`."""
+        """x [B, T, D] -> x. cos, sin [B or 1, T, 1, C]: see rope_table. mask: see `attend`."""
         B, T, D = x.shape
         H, K, C = self.heads, self.kv_heads, self.head_dim
-        qkv = self.qkv(F.rms_norm(x, (D,), self.attention_norm, self.eps))
-        qkv = qkv.view(B, T, H + 2 * K, C).transpose(1, 2)  # [B, H + 2K, T, C]
-        qk, v = qkv[:, :H + K], qkv[:, H + K:]
+        qkv = self.qkv(rms_norm(x, self.attention_norm, self.eps))
+        qk, v = qkv.view(B, T, H + 2 * K, C).split((H + K, K), dim=2)
         if self.q_norm is not None:  # Qwen3
-            q = F.rms_norm(qk[:, :H], (C,), self.q_norm, self.eps)
-            k = F.rms_norm(qk[:, H:], (C,), self.k_norm, self.eps)
-            qk = torch.cat((q, k), dim=1)
-        a, b = qk.chunk(2, dim=-1)  # rotary positions: turn each pair (i, i + C/2) by its angle
-        qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-        q, k = qk[:, :H], qk[:, H:]  # [B, H, T, C], [B, K, T, C]
+            q = rms_norm(qk[:, :, :H], self.q_norm, self.eps)
+            k = rms_norm(qk[:, :, H:], self.k_norm, self.eps)
+            qk = torch.cat((q, k), dim=2)
+        # Rotary positions turn each pair (a, b) = (i, i + C/2) by its angle: a cos - b sin,
+        # b cos + a sin. The sign is in `sin`.
+        qk = torch.addcmul(qk * cos, qk.roll(C // 2, dims=-1), sin)
+        q, k = qk.split((H, K), dim=2)  # [B, T, H, C], [B, T, K, C]
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # [B, K, S, C]: all positions so far
+            k, v = cache.extend(layer, k, v)  # [B, S, K, C]: all positions so far
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         y = (attend_fused if x.is_cuda else attend)(q, k, v, mask)  # [B, H, T, C]
         x = x + self.out(y.transpose(1, 2).reshape(B, T, H * C))
-        gate, up = self.gate_up(F.rms_norm(x, (D,), self.mlp_norm, self.eps)).chunk(2, dim=-1)
+        gate, up = self.gate_up(rms_norm(x, self.mlp_norm, self.eps)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
     def __init__(self, c):
@@ -69,14 +71,32 @@ class Block(nn.Module):
         self.down = Linear(c, "down_proj")
 
 
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean x^2 + eps) * weight, over the last dimension (arXiv 1910.07467)."""
+    if x.is_cuda or x.dtype != torch.float32:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    # On a CPU F.rms_norm is a dozen operations.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [.., 1]
+    return x * (norm * norm / x.shape[-1] + eps).rsqrt() * weight
+
+
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(C)) v, [B, H, T, C], of q [B, H, T, C] and k, v [B, K, S, C].
 
     H/K heads of queries share one of keys and values. mask [B, 1, T, S] is added to the scores: 0
     where a token may look, else -inf. None means causal.
     """
-    causal, shared = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
+    if q.shape[2] == 1:
+        return attend_one(q, k, v, mask)
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=shared)
+
+
+def attend_one(q, k, v, mask):
+    """`attend` where T = 1: a head's H/K queries stand in a row, as if they were so many tokens."""
+    B, H, _, C = q.shape
+    q = q.reshape(B, k.shape[1], -1, C)  # [B, K, H/K, C]
+    return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, H, 1, C)
 
 
 def attend_fused(q, k, v, mask):
@@ -86,12 +106,9 @@ def attend_fused(q, k, v, mask):
     it would take the math kernel, which holds [B, H, T, S] (pytorch issue 191085). So nothing is
     shared here. (Where no kernel fits, it raises: machine.check_device rules the math kernel out.)
     """
-    B, H, T, C = q.shape
-    K = k.shape[1]
-    if T == 1:  # a head's H/K queries stand in a row, as if they were so many tokens
-        q = q.reshape(B, K, H // K, C)
-        return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, H, 1, C)
-    k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))  # [B, H, S, C]
+    if q.shape[2] == 1:
+        return attend_one(q, k, v, mask)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # [B, H, S, C]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
 
 
@@ -238,8 +255,8 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(past, length, device=ids.device)[None]
         x = self.embed(ids)  # [B, T, D]
-        cos = self.cos[positions][:, None].to(x.dtype)  # [B or 1, 1, T, C/2]
-        sin = self.sin[positions][:, None].to(x.dtype)
+        cos = self.cos[positions][:, :, None].to(x.dtype)  # [B or 1, T, 1, C]
+        sin = self.sin[positions][:, :, None].to(x.dtype)
         if mask is not None:  # once for all layers, as what is added to a score
             S = mask.shape[-1]
             # Rows begin at multiples of 8, as a GPU's kernel wants them: else each layer copies it.
@@ -251,7 +268,7 @@ class Llama(nn.Module):
             x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         if cache is not None:
             cache.length += ids.shape[1]
-        return F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
+        return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, ids, **kwargs):
         """Logits [B, T, vocab] of ids [B, T], for plain.py and tests. Training never holds them."""
@@ -259,7 +276,10 @@ class Llama(nn.Module):
 
 
 def rope_table(config):
-    """cos and sin, each [context, C/2]: the angle of every position and frequency (2104.09864)."""
+    """(cos, sin) of the angle of every position and frequency (2104.09864), each [context, C].
+
+    Both halves of a head have the same angles. The sine is negative in the first: see Block.
+    """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequency = 1.0 / config.rope_theta**half  # [C/2], radians a position
     if s := config.rope_scaling:  # Llama 3.1: slow long waves, keep short ones, blend between
@@ -268,37 +288,38 @@ def rope_table(config):
         blend = ((old / wave - low) / (s["high_freq_factor"] - low)).clamp(0, 1)
         frequency = frequency * (blend + (1 - blend) / s["factor"])
     angle = torch.outer(torch.arange(config.context, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()  # [context, C/2]
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 class KVCache:
     """Keys and values of every layer, so that sampling computes each position once.
 
-    k, v [layers, B, K, S, C] are allocated at once; `length` positions of them are filled.
+    kv [B, S, 2K, C] of each layer are allocated at once, a position's keys before its values;
+    `length` positions of them are filled.
     """
 
     def __init__(self, config, rows, positions, like):
         """like: a tensor with the dtype and the device of the cache."""
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, positions,
-                 config.head_dim)
-        self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
+        shape = rows, positions, 2 * config.num_key_value_heads, config.head_dim
+        self.kv = [like.new_empty(shape) for _ in range(config.num_hidden_layers)]
+        self.length = 0
 
     def extend(self, layer, k, v):
-        """Append k, v [B, K, T, C] of one layer. Returns all of it, [B, K, length + T, C].
+        """Append k, v [B, T, K, C] of one layer. Returns all of it, [B, length + T, K, C].
 
         All layers write at the same place. Then Llama.forward moves `length` on.
         """
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        kv, K, end = self.kv[layer], k.shape[2], self.length + k.shape[1]
+        kv[:, self.length:end, :K], kv[:, self.length:end, K:] = k, v
+        return kv[:, :end, :K], kv[:, :end, K:]
 
     def keep(self, index):
         """Replace the rows by rows[index]. An index may repeat: then its row is copied."""
-        # Whole rows, filled or not: one long copy is faster than many short ones.
-        # And one after the other: so only half of the cache is there twice.
-        self.k = self.k.index_select(1, index)
-        self.v = self.v.index_select(1, index)
+        for layer, old in enumerate(self.kv):  # one by one: only one layer is there twice
+            self.kv[layer] = new = old.new_empty(len(index), *old.shape[1:])
+            filled = slice(self.length)
+            torch.index_select(old[:, filled], 0, index, out=new[:, filled])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,12 +385,9 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
 
     for t in range(max_new_tokens):
         logits = F.linear(x, model.head).float()  # [B, vocab]
-        lp = F.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)
-        if temperature > 0:
-            token = torch.multinomial(lp.exp()[row], 1, generator=generator)[:, 0]
-        else:
-            token = lp.argmax(-1)[row]
-        chosen.append(lp[row, token])  # token [A]
+        p = (logits / temperature if temperature > 0 else logits).softmax(-1)
+        token = draw(p, row, generator) if temperature > 0 else logits.argmax(-1)[row]  # [A]
+        chosen.append(p[row, token].log())
         owner += alive
         sampled = token.tolist()
         for i, own in zip(alive, sampled):
@@ -398,6 +416,18 @@ def generate(model, prompts, group=1, max_new_tokens=64, temperature=1.0, genera
     order = torch.tensor(sorted(range(len(owner)), key=owner.__getitem__), device=device)
     logprobs = torch.cat(chosen)[order].split([len(ids) for ids in out])
     return Rollout(out, list(logprobs), [ids[-1] in ends for ids in out])
+
+
+def draw(p, row, generator=None):
+    """Sample a token from each of the distributions p[row]. p [B, vocab], row [A] -> [A].
+
+    By inversion: the first token up to which the probabilities add up to more than a random number.
+    (torch.multinomial draws a random number for each word of the vocabulary.)
+    """
+    upto = p.cumsum(-1)[row]  # [A, vocab]: rising from 0 to 1, but for rounding
+    number = torch.rand(len(row), 1, device=p.device, generator=generator) * upto[:, -1:]
+    # right: a token of probability 0 is never drawn, not even where the number is 0.
+    return torch.searchsorted(upto, number, right=True)[:, 0]
 
 
 ROOM = 16384  # cached positions of one batch of sample_all: bounds its memory
@@ -435,26 +465,28 @@ def sample_parts(model, prompts, group=1, max_new_tokens=64, temperature=1.0, ge
 # Log-probabilities of given completions
 
 class Packed(NamedTuple):
-    """A batch of rows. A row is one prompt and several of its completions, side by side.
+    """A batch of rows. A row is one prompt and several of its completions, as a tree.
 
-    So the prompt is computed once for its group, forward and backward. A completion sees the prompt
-    and itself. Its last token is predicted but never read, so it is not in the row.
-    Example: prompt p q, completions a b e and c e, where e is the end token:
+    So the prompt is computed once for its group, and so is what completions begin with alike,
+    forward and backward. A token sees the tokens before it in its own texts. (A completion's last
+    token is predicted but never read, so it is not in the row.)
+    Example: prompt p q, completions a b e, a c e and d e, where e is the end token:
 
-        ids        p q a b c      source  1 2 3   1 4        may look at   p q a b c
-        positions  0 1 2 3 2      target  a b e   c e                  p   x
-        segment    0 0 1 1 2      owner   0 0 0   1 1                  q   x x
-                                  here    0 1                          a   x x x
-                                                                       b   x x x x
-                                                                       c   x x     x
+        ids        p q a b c d    source  1 2 3   1 2 4   1 5        may look at   p q a b c d
+        positions  0 1 2 3 3 2    target  a b e   a c e   d e                  p   x
+        last       5 5 4 3 4 5    owner   0 0 0   1 1 1   2 2                  q   x x
+                                  here    0 1 2                                a   x x x
+        An a that ends at 4 is seen up to there: by b and c, not by d.         b   x x x x
+                                                                               c   x x x   x
+                                                                               d   x x       x
     """
     ids: torch.Tensor  # [B, T]
     positions: torch.Tensor  # [B, T]
-    segment: torch.Tensor  # [B, T]: 0 the prompt, 1.. the completions, -1 padding
+    last: torch.Tensor  # [B, T]: the place of the last token that continues this one
     source: torch.Tensor  # [n]: index into the B * T positions, of the state that predicts it
     target: torch.Tensor  # [n]: the tokens of all completions
     owner: torch.Tensor  # [n]: whose token, counted over all prompts' completions in order
-    here: torch.Tensor  # [u]: the different owners in ascending order
+    here: torch.Tensor  # [u]: the owners in ascending order
 
 
 def pack(prompts, completions, tokens=512, device="cpu", whole=False):
@@ -466,20 +498,20 @@ def pack(prompts, completions, tokens=512, device="cpu", whole=False):
     Rows of similar length share a micro-batch. `owner` says whose token is whose, so neither order
     nor split changes a result. Raises UserError for an empty prompt or completion.
     """
-    rows, owner = [], 0
+    rows, before = [], 0  # before: how many completions the prompts before had
     for prompt, group in zip(prompts, completions, strict=True):
         if not prompt or not all(group):
             raise console.UserError("cannot score an empty prompt or completion")
         row = None
-        for completion in group:
+        # In sorted order, what a completion shares with any one before, it shares with the last.
+        for i in sorted(range(len(group)), key=lambda i: tuple(group[i])):
             # Half a micro-batch at the most: then two rows of like length share one.
-            room = max(tokens // 2, len(prompt) + len(completion) - 1)
-            full = row is not None and len(row.ids) + len(completion) - 1 > room
-            if row is None or (full and not whole):  # a new row: a Packed of lists, not tensors yet
-                row = Packed([*prompt], [*range(len(prompt))], [0] * len(prompt), [], [], [], [])
+            room = max(tokens // 2, len(prompt) + len(group[i]) - 1)
+            if row is None or not (whole or row.fits(group[i], room)):
+                row = Row(prompt)
                 rows.append(row)
-            _append(row, len(prompt), completion, owner)
-            owner += 1
+            row.add(group[i], before + i)
+        before += len(group)
     rows.sort(key=lambda row: len(row.ids))
     batches, batch = [], []
     for row in rows:  # sorted, so the last row of a batch is its longest
@@ -490,19 +522,44 @@ def pack(prompts, completions, tokens=512, device="cpu", whole=False):
     return [_stack(batch, device) for batch in batches + [batch] if batch]
 
 
-def _append(row, P, completion, owner):
-    """Put one completion into a row (a Packed of lists) behind a prompt of P tokens."""
-    read = list(completion[:-1])
-    row.source.extend([P - 1, *range(len(row.ids), len(row.ids) + len(read))])
-    row.target.extend(completion)
-    row.owner.extend([owner] * len(completion))
-    row.ids.extend(read)
-    row.positions.extend(range(P, P + len(read)))
-    row.segment.extend([row.segment[-1] + 1] * len(read))
+class Row:
+    """A row of a Packed while it grows: lists, not tensors yet."""
+
+    def __init__(self, prompt):
+        P = len(prompt)
+        self.ids, self.positions, self.last = [*prompt], [*range(P)], [None] * P
+        self.source, self.target, self.owner = [], [], []
+        self.read = []  # the latest completion, without its last token
+        self.path = [P - 1]  # the places that predict its tokens
+
+    def shared(self, completion):
+        """How many tokens of a completion are in the row: those the latest one begins with, too."""
+        return len(commonprefix([self.read, completion[:-1]]))
+
+    def fits(self, completion, room):
+        """Whether the row has at most `room` tokens with this completion."""
+        return len(self.ids) + len(completion) - 1 - self.shared(completion) <= room
+
+    def add(self, completion, owner):
+        """Let a completion branch off from the latest one."""
+        shared, here = self.shared(completion), len(self.ids)
+        for place in self.path[shared + 1:]:  # nothing more will continue these
+            self.last[place] = here - 1
+        self.read = [*completion[:-1]]
+        new = self.read[shared:]
+        self.path[shared + 1:] = range(here, here + len(new))
+        start = self.positions[self.path[shared]] + 1
+        self.ids.extend(new)
+        self.positions.extend(range(start, start + len(new)))
+        self.last.extend([None] * len(new))
+        self.source.extend(self.path)
+        self.target.extend(completion)
+        self.owner.extend([owner] * len(completion))
 
 
 def _stack(rows, device):
-    """Rows (Packed of lists) as one Packed of tensors, padded on the right."""
+    """Rows as one Packed, padded on the right. Padding looks at itself: its softmax stays finite.
+    """
     T = max(len(row.ids) for row in rows)
 
     def padded(lists, fill):
@@ -511,20 +568,19 @@ def _stack(rows, device):
 
     def flat(lists):
         return torch.tensor([value for values in lists for value in values], device=device)
+    last = [[len(row.ids) - 1 if place is None else place for place in row.last] for row in rows]
     source = [[b * T + s for s in row.source] for b, row in enumerate(rows)]
     return Packed(padded([row.ids for row in rows], 0), padded([row.positions for row in rows], 0),
-                  padded([row.segment for row in rows], -1), flat(source),
-                  flat([row.target for row in rows]), flat([row.owner for row in rows]),
+                  padded(last, T), flat(source), flat([row.target for row in rows]),
+                  flat([row.owner for row in rows]),
                   flat([sorted({owner for row in rows for owner in row.owner})]))
 
 
 def states(model, packed):
     """The hidden state [n, D] from which each completion token of a Packed is predicted."""
-    T, segment = packed.ids.shape[1], packed.segment
-    the_prompt = segment[:, None, :] == 0
-    my_own = segment[:, None, :] == segment[:, :, None]
-    causal = torch.ones(T, T, dtype=torch.bool, device=segment.device).tril()
-    mask = (the_prompt | my_own) & causal  # [B, T, T]
+    place = torch.arange(packed.ids.shape[1], device=packed.ids.device)  # [T]
+    causal = place <= place[:, None]  # [T, T]
+    mask = causal & (place[:, None] <= packed.last[:, None, :])  # [B, T, T]
     hidden = model(packed.ids, packed.positions, mask[:, None])  # [B, T, D]
     # hidden[source] would be right, too. But its backward pass adds in no fixed order, and two runs
     # of one seed would differ in the last digits.

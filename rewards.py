@@ -21,6 +21,7 @@ they lie between 0 and 1.
 """
 import re
 from collections import Counter
+from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
@@ -132,25 +133,25 @@ class Majority:
 # --------------------------------------------------------------------------------------------------
 # Models as referees
 
-def last_states(model, rows, tokens=4096):
+def last_states(model, texts, tokens=4096):
     """The hidden state at the end of every text, [texts, D].
 
-    rows: N groups of texts, as lists of ids. What a group's texts begin with is computed once.
-    tokens: of a micro-batch.
+    texts: lists of ids. What they begin with alike is computed once. (A prompt must have a token,
+    so it is for neighbours with the same first id. Mostly those are all.) tokens: of a micro-batch.
     """
     prompts, rests = [], []
-    for group in rows:
-        shared = min(len(commonprefix(group)), min(map(len, group)) - 1)
+    for group in ([*texts] for _, texts in groupby(texts, key=lambda text: text[0])):
+        shared = len(commonprefix(group))
         prompts.append(group[0][:shared])
         # `states` gives the state before each token: an id added at the end makes it the last one.
-        rests.append([row[shared:] + [0] for row in group])
-    texts, packs = sum(map(len, rows)), pack(prompts, rests, tokens, model.embed.weight.device)
-    out = model.embed.weight.new_zeros(texts + 1, model.config.hidden_size)
+        rests.append([text[shared:] + [0] for text in group])
+    packs = pack(prompts, rests, tokens, model.embed.weight.device)
+    out = model.embed.weight.new_zeros(len(texts) + 1, model.config.hidden_size)
     for packed in packs:
         last = F.pad(packed.owner[1:] != packed.owner[:-1], (0, 1), value=True)  # the added ids
         # All other states go into one row too many. To pick out the last ones with a boolean index
         # would be to wait for the device.
-        out[packed.owner.where(last, texts)] = states(model, packed)
+        out[packed.owner.where(last, len(texts))] = states(model, packed)
     return out[:-1]
 
 
@@ -191,9 +192,9 @@ class RewardModel:
         asked = messages or [[{"role": "user", "content": query}] for query in queries]
 
         def grade(different):
-            rows = [[self.ids(conversation, answer) for answer in group]
-                    for conversation, group in zip(asked, different)]
-            hidden = last_states(self.model, rows, self.micro_batch)
+            texts = [self.ids(conversation, answer)
+                     for conversation, group in zip(asked, different) for answer in group]
+            hidden = last_states(self.model, texts, self.micro_batch)
             return self.model.score_head(hidden)[:, 0].float()
         with machine.resident(self.model):
             return each_once(grade, answers)
@@ -228,9 +229,9 @@ class QualityReward:
     def __call__(self, queries, answers):
         """R_Q [N, G], 0 to 1, of N texts and N lists of G texts."""
         def grade(different):
-            rows = [[self.ids(query, answer) for answer in group]
-                    for query, group in zip(queries, different)]
-            hidden = last_states(self.model, rows, self.micro_batch)  # [different answers, D]
+            texts = [self.ids(query, answer)
+                     for query, group in zip(queries, different) for answer in group]
+            hidden = last_states(self.model, texts, self.micro_batch)  # [different answers, D]
             # Among the digits alone, [different answers, 8].
             p = F.linear(hidden, self.model.head[self.digits]).float().softmax(-1)
             return p @ torch.arange(8.0, device=p.device)

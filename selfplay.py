@@ -20,7 +20,6 @@ One step: the Challenger writes N queries q_i, and the Solver gives G answers a_
     R    the referee's reward for an answer       R_Q  quality self-reward: the reference grades
          query and answer; 0 in lsp-zero, grpo    V_Q  the mean of R_Q over a group, as V of R
     M    one player's completions: N G answers, or N queries     n   the tokens of all of them
-    U    the different ones among them: equal completions of a group are computed once
 
 Simplified away:
 1. Clipping of the ratio. There is one gradient step a batch, so it is 1; only its gradient counts.
@@ -87,29 +86,28 @@ def advantages(solver, challenger, normalise="centre"):
     return a_sol, a_ch
 
 
-def player_loss(lp, ref, owner, here, advantage, count, weight, beta, kl_form="k3"):
+def player_loss(lp, ref, owner, here, advantage, weight, beta, kl_form="k3"):
     """L_Sol or L_Ch over the completions of one micro-batch: {"loss", "policy", "kl"}.
 
-        L = 1/M sum_u weight_u [ -pi/sg(pi) A_u + beta count_u KL_u ]         LSP section 2
+        L = 1/M sum_m weight_m [ -pi/sg(pi) A_m + beta KL_m ]         LSP section 2
 
     lp, ref [n]: log-probabilities of tokens under policy and reference. owner [n]: whose token.
-    here [u]: the different owners, the completions of this micro-batch.
-    For each of the player's U different completions, in this micro-batch or not: advantage [U], the
-    sum over its copies; count [U], how many copies; weight [U], see AGGREGATE. (A_u is of all
-    copies already. KL_u is of one copy, so it is multiplied by count_u.)
-    M is the sum of all counts, so the terms of all micro-batches add up to the whole loss.
+    here [u]: the owners, the completions of this micro-batch. advantage [M] and weight [M] (see
+    AGGREGATE) are of all the player's completions, in this micro-batch or not.
+    The terms of all micro-batches add up to the whole loss.
     loss has a gradient; policy and kl (the sum over tokens, not yet divided by M) are figures.
     """
-    zeros = torch.zeros(len(advantage), device=lp.device)
-    log_pi = zeros.index_add(0, owner, lp)  # [U]: of a text, the sum over its tokens
-    ratio = (log_pi - log_pi.detach()).exp()  # [U]: pi/sg(pi) is 1, with the gradient of log pi
-    policy = -ratio * advantage  # [U]
-    kl = zeros.index_add(0, owner, KL[kl_form](ref - lp))  # [U]
-    loss = weight * (policy + beta * count * kl)  # [U]
-    M = count.sum()  # only completions of this micro-batch count: the others have no tokens here
+    M = len(advantage)
+    zeros = torch.zeros(M, device=lp.device)
+    log_pi = zeros.index_add(0, owner, lp)  # [M]: of a text, the sum over its tokens
+    ratio = (log_pi - log_pi.detach()).exp()  # [M]: pi/sg(pi) is 1, with the gradient of log pi
+    policy = -ratio * advantage  # [M]
+    kl = zeros.index_add(0, owner, KL[kl_form](ref - lp))  # [M]
+    loss = weight * (policy + beta * kl)  # [M]
+    # Only completions of this micro-batch count: the others have no tokens here.
     return {"loss": loss[here].sum() / M,
             "policy": (weight * policy)[here].detach().sum() / M,
-            "kl": (count * kl)[here].detach().sum()}
+            "kl": kl[here].detach().sum()}
 
 
 # What the Challenger is paid for each query [N]: a function of the query texts, R [N, G] and R_Q
@@ -284,21 +282,17 @@ def gradients(game, player, advantage, beta, args, alpha=1.0):
     """
     crew, device = game.crew, game.model.cos.device
     prompts, completions = crew.share(player.prompts), crew.share(player.completions)
-    different, count, sum_copies = fold(completions)
+    packs = pack(prompts, completions, args.micro_batch, device)
     lengths = torch.tensor([float(len(ids)) for group in player.completions for ids in group])
-    weight = crew.share(AGGREGATE[args.aggregate](lengths))  # [M]
-    weight = sum_copies(weight) / count  # [U]: copies have the same weight
-    advantage = sum_copies(crew.share(advantage).flatten())  # [U]
-
-    packs = pack(prompts, different, args.micro_batch, device)
-    advantage, count, weight = advantage.to(device), count.to(device), weight.to(device)
+    weight = crew.share(AGGREGATE[args.aggregate](lengths)).to(device)  # [M]
+    advantage = crew.share(advantage).flatten().to(device)  # [M]
     with torch.no_grad(), machine.resident(game.reference):
         refs = [logprobs(game.reference, packed, args.temperature) for packed in packs]
     figures = []  # of each micro-batch, on the device: to read them now would be to wait for it
     # active: False for a micro-batch that is only repeated, to keep the processes together.
     for (packed, ref), active in crew.in_step(list(zip(packs, refs))):
         lp = logprobs(game.model, packed, args.temperature)
-        terms = player_loss(lp, ref, packed.owner, packed.here, advantage, count, weight, beta,
+        terms = player_loss(lp, ref, packed.owner, packed.here, advantage, weight, beta,
                             args.kl_form)
         (active * alpha * terms["loss"]).backward()
         if active:
@@ -307,25 +301,6 @@ def gradients(game, player, advantage, beta, args, alpha=1.0):
                         for values in zip(*torch.stack(figures).tolist()))
     return {"loss": loss / crew.size, "policy": policy / crew.size,
             "kl": kl / lengths.sum().item()}
-
-
-def fold(completions):
-    """Each group's equal completions as one: (different, count [U], sum_copies).
-
-    Equal completions have equal log-probabilities, so their advantages can be added up and the
-    completion computed once: the same loss and gradient for less work. Example, one group a, b, a:
-        different [[a, b]]    count [2, 1]    sum_copies([1., 2., 3.]) = [4., 2.]
-    sum_copies: a function that adds up the values of copies, [M] -> [U], on the CPU.
-    """
-    different = [list(dict.fromkeys(map(tuple, group))) for group in completions]
-    keys = [(i, ids) for i, group in enumerate(different) for ids in group]
-    index = {key: u for u, key in enumerate(keys)}
-    which = torch.tensor([index[i, tuple(ids)] for i, group in enumerate(completions)
-                          for ids in group])  # [M]
-
-    def sum_copies(values):
-        return torch.zeros(len(keys)).index_add(0, which, values)
-    return different, sum_copies(torch.ones(len(which))), sum_copies
 
 
 # --------------------------------------------------------------------------------------------------
@@ -361,7 +336,8 @@ SETTINGS = [
      "texts, R, R_Q)"),
     ("--steps", COUNT, 500, 1500, "optimizer steps, one batch of games each"),
     ("--queries", COUNT, 32, 8, "N, queries a step"),
-    ("--answers", COUNT, 16, 8, "G, answers to each query; equal ones are computed once"),
+    ("--answers", COUNT, 16, 8,
+     "G, answers to each query; what they begin with alike is computed once"),
     ("--temperature", NUMBER, 1.0, 1.0, "of sampling and of training alike"),
     ("--query-tokens", COUNT, 48, 256, "longest query"),
     runs.ANSWER_TOKENS,

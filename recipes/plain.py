@@ -3,13 +3,13 @@
     python recipes/plain.py              one step of 4 queries x 4 answers, number by number
 
 Every tensor is rectangular, and every equation of selfplay.py is written out once. There is one
-loop for sampling, a full log_softmax, no folding of equal answers, no packing, and one process.
+loop for sampling, a full log_softmax, no tree of answers, and one process.
 tests/test_plain.py shows that from the same texts this step and the fast one of selfplay.py give
 the same advantages, losses and gradients. What the fast one does instead:
 
     sample       model.generate: a prompt is computed once for its group, with a KV cache
-    log_probs    model.pack, model.logprobs: completions side by side, the vocabulary in chunks
-    losses       selfplay.gradients: equal answers once, micro-batches, several processes
+    log_probs    model.pack, model.logprobs: a group is a tree, the vocabulary comes in chunks
+    losses       selfplay.gradients: micro-batches, several processes
 
 Shapes: M completions, P positions of the longest prompt, T of the longest completion, vocab words;
 N queries, G answers to each.

@@ -74,10 +74,10 @@ def plan(config, dtype, parameters, optimizer_floats, positions, tokens, adapter
         "optimizer": 4 * optimizer_floats * learnt // share,
         "frozen models": asked,
         "visiting model": visiting,
-        # The cache, and the most of these: a copy of half of it, as rows leave, with logits and
-        # their log-probabilities; or these and two copies of probabilities, while a token is drawn;
-        # or, before, the prompts on their way through a layer.
-        "sampling": cache + max(cache // 2 + 2 * words, 4 * words, size * passing * read),
+        # The cache, and the most of these: a copy of a layer of it, as rows leave, with logits and
+        # probabilities; or these and two copies of their sums, while a token is drawn; or, before,
+        # the prompts on their way through a layer.
+        "sampling": cache + max(cache // L + 2 * words, 4 * words, size * passing * read),
         "gradients": 4 * learnt // share,
         "activations": tokens * kept * size + (1 + size) * tokens**2,  # with the mask [T, T]
         "at work": max(logits, block, update),

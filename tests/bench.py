@@ -1,15 +1,18 @@
 """Speed, side by side in one run, as JSON: `python tests/bench.py` (needs tests/requirements.txt).
 
-Ours and its peer alternate, so that a busy machine slows both. Times are medians, and `ratio` is
-the median of the ratios.
+Ours and its peer alternate, so that a busy machine slows both. Times are medians, `ratio` is the
+median of the ratios, and `middle_half` holds their quartiles.
     generate: 32 prompts x 16 answers on the embedded default, sampled to their natural ends,
         against transformers' generate
     grpo step: sample, reward, log-probabilities of policy and reference, and one AdamW step,
         against TRL's GRPOTrainer
-    spin update: one update of an iteration's training on 64 pairs, against TRL's DPOTrainer with
-        stored reference log-probabilities
+    spin update: one update on 64 pairs whose answers differ, against TRL's DPOTrainer with stored
+        reference log-probabilities
     lsp step: its floating-point work against what this machine reaches in one large matrix
         product, and against a step with half the answers
+The peers get the same prompts, lengths, losses and optimizers. What ours saves in addition: a
+prompt, and what answers begin with alike, is computed once for its group. `ratio_unshared` is the
+ratio with that switched off (`unshared`): then each answer is a row of its own, as in the peers.
     run: the share of 100 steps that is spent on the record (figures, games, progress bar), and
         the share that is spent on checkpoints
 """
@@ -65,9 +68,30 @@ def matrix_rate():
 
 
 def compared(times, peer):
-    """The figures of [(our seconds, the peer's seconds)]."""
-    return {"ours_s": median(a for a, _ in times), f"{peer}_s": median(b for _, b in times),
-            "ratio": median(b / a for a, b in times)}
+    """The figures of [(our seconds, the same unshared, the peer's seconds)]."""
+    ours, unshared, theirs = zip(*times)
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    return {"ours_s": median(ours), f"{peer}_s": median(theirs), "ratio": median(ratios),
+            "middle_half": statistics.quantiles(ratios, n=4)[::2],
+            "ratio_unshared": median(b / a for a, b in zip(unshared, theirs))}
+
+
+@contextlib.contextmanager
+def unshared(whole=False):
+    """Inside, each answer is sampled and scored as a row of its own, behind its own prompt.
+
+    whole: all rows in one micro-batch, as SPIN needs both answers of a pair at once.
+    """
+    def generate(model, prompts, group, *rest):
+        return llama.generate(model, [p for p in prompts for _ in range(group)], 1, *rest)
+
+    def pack(prompts, completions, tokens, device, **more):
+        repeated = [p for p, group in zip(prompts, completions) for _ in group]
+        alone = [[ids] for group in completions for ids in group]
+        return llama.pack(repeated, alone, 10**9 if whole else tokens, device)
+    with mock.patch.object(selfplay, "generate", generate), \
+            mock.patch.object(selfplay, "pack", pack), mock.patch.object(spin, "pack", pack):
+        yield
 
 
 def bench_generate(model, prompts):
@@ -78,14 +102,17 @@ def bench_generate(model, prompts):
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 
     def ours():
-        llama.generate(model, prompts, ANSWERS, 32)
+        selfplay.generate(model, prompts, ANSWERS, 32)
 
     def theirs():
         peer.generate(ids, attention_mask=mask, num_return_sequences=ANSWERS, max_new_tokens=32,
                       do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    def alone():
+        with unshared():
+            return seconds(ours)
     ours()
     theirs()
-    times = [(seconds(ours), seconds(theirs)) for _ in range(ROUNDS)]
+    times = [(seconds(ours), alone(), seconds(theirs)) for _ in range(ROUNDS)]
     return compared(times, "transformers")
 
 
@@ -105,7 +132,7 @@ def bench_grpo(queries):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    ours, theirs = [], []
+    ours, alone, theirs = [], [], []
     ours_step, settings = stepper("--game", "grpo")
     ours_step()
 
@@ -116,6 +143,8 @@ def bench_grpo(queries):
         def on_step_end(self, *args, **kwargs):
             theirs.append(time.perf_counter() - self.began)
             ours.append(seconds(ours_step))
+            with unshared():
+                alone.append(seconds(ours_step))
 
     def reward(prompts, completions, **kwargs):
         return [float(language.solve(prompt[0]["content"]) == completion[0]["content"])
@@ -136,21 +165,25 @@ def bench_grpo(queries):
             AutoModelForCausalLM.from_pretrained(ROOT / "tiny"), reward, config, data,
             processing_class=AutoTokenizer.from_pretrained(ROOT / "tiny"), callbacks=[Clock()])
         trainer.train()
-    return compared(list(zip(ours, theirs))[1:], "trl")
+    return compared(list(zip(ours, alone, theirs))[1:], "trl")
 
 
 def bench_spin():
-    """The pairs, the loss, the optimizer and the batch are the same.
+    """The pairs, the loss, the optimizer and the batch are the same. No pair's answers are equal.
 
-    As in a real iteration, some pairs have two equal answers.
+    (In a real iteration some are. Ours leaves those out, as they teach nothing.)
     """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
     args = spin.parse_args(["--model", str(ROOT / "tiny"), "--device", "cpu", "--iterations", "1",
-                            "--pairs", str(64 * (ROUNDS + 1))])
-    game, ours, theirs = spin.set_up(args), [], []
+                            "--pairs", "2500", "--epochs", "3"])
+    game, ours, alone, theirs = spin.set_up(args), [], [], []
     it = spin.opponent_plays(game, args, spin.new_iteration(game, args, 0, [], 0))
+    differ = [i for i, pair in enumerate(it.pairs) if pair.answer != pair.rival]
+    share, differ = len(differ) / len(it.pairs), differ[:args.batch * (ROUNDS + 1)]
+    it = it._replace(chosen=[it.chosen[i] for i in differ], pairs=[it.pairs[i] for i in differ],
+                     ref=it.ref[differ])
     updates = spin.player_trains(game, args, it, spin.rmsprop(game.player))
     next(updates)
 
@@ -161,6 +194,8 @@ def bench_spin():
         def on_step_end(self, *args, **kwargs):
             theirs.append(time.perf_counter() - self.began)
             ours.append(seconds(lambda: next(updates)))
+            with unshared(whole=True):
+                alone.append(seconds(lambda: next(updates)))
 
     def turn(role, ids):
         return [{"role": role, "content": game.tokenizer.decode(ids)}]
@@ -181,8 +216,7 @@ def bench_spin():
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(ROOT / "tiny"), callbacks=[Clock()])
         trainer.train()
-    identical = sum(pair.answer == pair.rival for pair in it.pairs) / len(it.pairs)
-    return compared(list(zip(ours, theirs))[1:], "trl") | {"identical_pairs": identical}
+    return compared(list(zip(ours, alone, theirs))[1:], "trl") | {"pairs_that_differ": share}
 
 
 def bench_lsp():
@@ -195,7 +229,8 @@ def bench_lsp():
         step()
     gflop = counter.get_total_flops() / 1e9
     whole, halved, rate = map(median, zip(*times))
-    return {"step_s": whole, "half_the_answers_s": halved,
+    return {"step_s": whole, "middle_half_s": statistics.quantiles(list(zip(*times))[0], n=4)[::2],
+            "half_the_answers_s": halved,
             "ratio": median(a / b for a, b, _ in times), "gflop_a_step": gflop,
             "matrix_product_gflop_s": rate, "share_of_it": gflop / whole / rate}
 
@@ -229,7 +264,8 @@ def bench_run():
 
 
 def rounded(figures):
-    return {name: round(value, 4) for name, value in figures.items()}
+    return {name: [round(x, 4) for x in value] if isinstance(value, list) else round(value, 4)
+            for name, value in figures.items()}
 
 
 def main():

@@ -154,7 +154,8 @@ class Asked(TorchFunctionMode):
         if func in (Tensor.numpy, Tensor.__array__) and args[0] in gpu.here:
             raise TypeError(f"can't convert {gpu.device} device type tensor to numpy")
         if (source := kwargs.get("generator")) is not None:
-            kind = gpu.where(args[0]).type
+            place = kwargs.get("device")  # of a new tensor; else the generator fills args[0]
+            kind = (gpu.where(args[0]) if place is None else torch.device(place)).type
             if source.device.type != kind:
                 raise RuntimeError(f"Expected a '{kind}' device type for generator but found "
                                    f"'{source.device.type}'")

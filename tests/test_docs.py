@@ -96,7 +96,7 @@ def test_each_row_of_the_tables_of_equations_quotes_a_line():
 # Where an exercise or a fork puts its lines: the line of the code that stands there.
 PLACES = [("selfplay", "set_up", "judge = QualityReward(reference, tokenizer, args.micro_batch)"),
           ("selfplay", "gradients", "lp = logprobs(game.model, packed, args.temperature)"),
-          ("model", "generate", "lp = F.log_softmax("),
+          ("model", "generate", "p = (logits / temperature"),
           ("selfplay", "PAY", '"minimax": lambda queries, R, R_Q: '),
           ("selfplay", "AGGREGATE", '"sum": lambda length: '),
           ("rewards", "RUBRIC", '7. The answer is likely to please the user."""'),

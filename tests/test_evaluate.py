@@ -119,9 +119,9 @@ def test_pair_judge_is_asked_in_both_orders(tiny, monkeypatch):
         return first, second
 
     def says(prefers):  # prefers(first, second): is the first answer the better one?
-        def states(m, rows):
-            texts = [tokenizer.decode(ids) for group in rows for ids in group]
-            return torch.stack([a - b if prefers(*parts(text)) else b - a for text in texts])
+        def states(m, texts):
+            asked = map(tokenizer.decode, texts)
+            return torch.stack([a - b if prefers(*parts(text)) else b - a for text in asked])
         monkeypatch.setattr(evaluate, "last_states", states)
         return judge(["q", "q", "r"], ["long", "x", "y"], ["z", "longer", "w"]).tolist()
     assert says(lambda first, second: True) == [0.5, 0.5, 0.5]

@@ -1,5 +1,6 @@
 """The player: parity with transformers, sampling, scoring, load and save."""
 import json
+import random
 import shutil
 
 import pytest
@@ -300,14 +301,13 @@ def test_a_node_splits_where_completions_differ(small, monkeypatch, end, third):
     a, b, c, d = 5, 9, 8, 12
     sampled, batches, forward = [[a, a, b, a], [c, d, c, c], [7, 7, 7, 7]], [], small.forward
 
-    def multinomial(p, n, generator):
-        tokens = sampled.pop(0)[:len(p)]
-        return torch.tensor(tokens)[:, None]
+    def draw(p, row, generator):
+        return torch.tensor(sampled.pop(0)[:len(row)])
 
     def noted(ids, *more):
         batches.append(ids.tolist())
         return forward(ids, *more)
-    monkeypatch.setattr(torch, "multinomial", multinomial)
+    monkeypatch.setattr(llama, "draw", draw)
     monkeypatch.setattr(small, "forward", noted)
     out = generate(small, [[1, 7]], group=4, max_new_tokens=3, end_ids={end})
     assert batches == [[[1, 7]], [[a], [b]], third]
@@ -316,6 +316,35 @@ def test_a_node_splits_where_completions_differ(small, monkeypatch, end, third):
     monkeypatch.undo()
     for ids, lp in zip(out.ids, out.logprobs):
         assert torch.allclose(lp, plain_logprobs(small, [1, 7], ids), atol=1e-4)
+
+
+def test_a_token_is_drawn_by_where_a_number_falls(monkeypatch):
+    """p = 1/4, 0, 1/2, 1/4: up to 1/4 it is token 0, up to 3/4 token 2, then 3; never token 1."""
+    numbers = torch.tensor([0, 0.24, 0.25, 0.74, 0.75, 1 - 2**-24])[:, None]  # the last: largest
+    monkeypatch.setattr(torch, "rand", lambda *shape, **more: numbers)
+    p = torch.tensor([[0, 0.0, 0.0, 1.0], [0.25, 0.0, 0.5, 0.25], [0.0, 1, 0, 0]])
+    assert llama.draw(p, torch.tensor([1] * 6)).tolist() == [0, 0, 2, 2, 3, 3]
+    assert llama.draw(p, torch.tensor([0, 2, 0, 2, 0, 2])).tolist() == [3, 1, 3, 1, 3, 1]
+
+
+def test_draws_are_as_frequent_as_they_are_probable():
+    p = torch.tensor([[0.7, 0.0, 0.2, 0.1], [0.0, 0.5, 0.0, 0.5]])
+    row = torch.tensor([0, 1]).repeat_interleave(100_000)
+    drawn = llama.draw(p, row, seeded(0)).view(2, -1)
+    for mine, probable in zip(drawn, p):
+        counts = mine.bincount(minlength=4)
+        assert counts[probable == 0].sum() == 0
+        # Five standard deviations of a share of 100,000 draws are at most 0.008.
+        assert (counts / 100_000 - probable).abs().max() < 0.008
+
+
+def test_no_draw_is_beyond_the_vocabulary_however_the_sum_is_rounded(monkeypatch):
+    """The largest number that torch.rand gives, on 1,000 distributions of 999 words."""
+    monkeypatch.setattr(torch, "rand", lambda n, *rest, **more: torch.full((n, 1), 1 - 2**-24))
+    p = (3 * torch.randn(1000, 999, generator=seeded(0))).softmax(-1)
+    drawn, total = llama.draw(p, torch.arange(1000)), p.cumsum(-1)[:, -1]
+    assert (total > 1).any() and (total < 1).any()
+    assert drawn.max() < 999
 
 
 def test_sampling_reads_nothing_that_was_never_written(small, monkeypatch):
@@ -369,30 +398,57 @@ def test_many_prompts_are_sampled_some_at_a_time(small, monkeypatch):
 
 # The mask of Packed's example, as its docstring draws it: what each token may look at.
 DRAWN = """
-    p q a b c
+    p q a b c d
 p   x
 q   x x
 a   x x x
 b   x x x x
-c   x x     x
+c   x x x   x
+d   x x       x
 """
 
 
 def test_a_row_is_packed_as_its_docstring_draws_it(small):
-    """Prompt p q, completions a b e and c e, where e is the end token."""
-    p, q, a, b, c, e = 11, 12, 13, 14, 15, 2
-    packed, = pack([[p, q]], [[[a, b, e], [c, e]]])
+    """Prompt p q, completions a b e, a c e and d e, where e is the end token."""
+    p, q, a, b, c, d, e = 11, 12, 13, 14, 15, 16, 2
+    packed, = pack([[p, q]], [[[a, b, e], [a, c, e], [d, e]]])
     assert [field.tolist() for field in packed] == [
-        [[p, q, a, b, c]], [[0, 1, 2, 3, 2]], [[0, 0, 1, 1, 2]],
-        [1, 2, 3, 1, 4], [a, b, e, c, e], [0, 0, 0, 1, 1], [0, 1]]
+        [[p, q, a, b, c, d]], [[0, 1, 2, 3, 3, 2]], [[5, 5, 4, 3, 4, 5]],
+        [1, 2, 3, 1, 2, 4, 1, 5], [a, b, e, a, c, e, d, e], [0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 2]]
     lines = DRAWN.strip("\n").splitlines()
     assert all(f"{line.strip()}\n" in Packed.__doc__ for line in lines)
-    drawn = [[line[i:i + 1] == "x" for i in range(4, 13, 2)] for line in lines[1:]]
+    drawn = [[line[i:i + 1] == "x" for i in range(4, 15, 2)] for line in lines[1:]]
 
     def model(ids, positions, mask):
-        assert mask.shape == (1, 1, 5, 5) and mask[0, 0].tolist() == drawn
+        assert mask.shape == (1, 1, 6, 6) and mask[0, 0].tolist() == drawn
         return ids[:, :, None].float()  # the state of a position is its id, to see what is read
-    assert llama.states(model, packed)[:, 0].tolist() == [q, a, b, q, c]
+    assert llama.states(model, packed)[:, 0].tolist() == [q, a, b, q, a, c, q, d]
+
+
+def test_a_tree_has_each_beginning_once_and_shows_each_token_its_own_text():
+    """Random groups: rows have as many tokens as there are different beginnings.
+
+    And what a token may look at, read in order, is a prompt and the beginning of its completion.
+    """
+    rng = random.Random(0)
+    for _ in range(50):
+        prompts = [[rng.randrange(3, 9) for _ in range(rng.randint(1, 4))] for _ in range(3)]
+        answers = [[[rng.randrange(3) for _ in range(rng.randint(1, 6))]
+                    for _ in range(rng.randint(1, 8))] for _ in prompts]
+        flat = [(prompt, ids) for prompt, group in zip(prompts, answers) for ids in group]
+        found, tokens = {}, 0
+        for packed in pack(prompts, answers, tokens=200):
+            T, last = packed.ids.shape[1], packed.last.flatten().tolist()
+            ids = packed.ids.flatten().tolist()
+            tokens += sum(x < T for x in last)  # padding has T
+            for source, target, owner in zip(*(x.tolist() for x in packed[3:6])):
+                first, place = source // T * T, source % T
+                seen = [ids[first + j] for j in range(place + 1) if last[first + j] >= place]
+                found.setdefault(owner, []).append((seen, target))
+        for m, (prompt, answer) in enumerate(flat):
+            assert found[m] == [(prompt + answer[:t], answer[t]) for t in range(len(answer))]
+        assert tokens == sum(map(len, prompts)) + sum(
+            len({tuple(ids[:t]) for ids in group for t in range(1, len(ids))}) for group in answers)
 
 
 def gather(model, packs, temperature=1.0):

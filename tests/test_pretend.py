@@ -113,10 +113,10 @@ def spoiled(function, right, wrong):
 
 
 @pytest.mark.parametrize("where, function, right, wrong", [
-    (llama, "states", ", device=segment.device", ""),
+    (llama, "states", ", device=packed.ids.device", ""),
     (llama, "generate", "for k in pad], device=device)", "for k in pad])"),
     (selfplay, "player_loss", ", device=lp.device", ""),
-    (selfplay, "gradients", "weight.to(device)", "weight"),
+    (selfplay, "gradients", "(lengths)).to(device)", "(lengths))"),
     (learning, "take", ".item()", ".numpy()"),
 ])
 def test_a_bug_in_a_copy_of_a_function_is_found(where, function, right, wrong, gpu, monkeypatch):
@@ -130,9 +130,9 @@ def test_a_bug_in_a_copy_of_a_function_is_found(where, function, right, wrong, g
 
 def test_a_wait_that_is_new_is_found(gpu, monkeypatch):
     args, game = set_up()
-    right = "M = count.sum()"
+    right = "M = len(advantage)"
     monkeypatch.setattr(selfplay, "player_loss", spoiled(
-        selfplay.player_loss, right, "M, here = count.sum(), owner.unique()"))
+        selfplay.player_loss, right, "M, here = len(advantage), owner.unique()"))
     selfplay.step(game, args)
     assert gpu.waits["selfplay.py player_loss: unique"] > 1
 
@@ -190,7 +190,8 @@ def test_a_step_of_lsp_stays_on_its_device_and_hardly_waits(device, flags):
 def test_judges_and_reward_models_stay_on_their_device(tmp_path, gpu):
     judge, tokenizer = llama.load(ROOT / "tiny", "cuda")
     torch.manual_seed(0)
-    readers = random_llama(architectures=["LlamaForSequenceClassification"], vocab_size=200)
+    readers = random_llama(architectures=["LlamaForSequenceClassification"], vocab_size=200,
+                           max_position_embeddings=512)
     llama.save(readers, tmp_path / "reward")
     reader = RewardModel(tmp_path / "reward", "cuda")
     answers = [["a", "b b"]] * len(QUERIES)
@@ -208,7 +209,7 @@ def test_judges_and_reward_models_stay_on_their_device(tmp_path, gpu):
     assert gpu.forget() == {"model.py generate: upload": 1, "model.py generate: tolist": 4}
     with machine.resident(judge):
         wins = evaluate.PairJudge(judge, tokenizer)(QUERIES, ["a"] * 4, ["b b"] * 4)
-        assert last_states(judge, [[[1, 2], [1, 3]]]).device.type == "cuda"
+        assert last_states(judge, [[1, 2], [1, 3]]).device.type == "cuda"
     assert wins.device.type == "cpu"
     assert {p.device.type for p in judge.parameters()} == {"cpu"}
 

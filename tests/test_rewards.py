@@ -48,14 +48,14 @@ def test_quality_is_the_expected_digit_of_a_plain_forward_pass(tiny):
 
 
 def test_last_states_are_those_of_whole_texts(small):
-    """Whatever a group shares: the first id, all but the last, a whole text, all of its texts."""
-    rows = [[[1, 5, 6], [1, 7]], [[1, 8, 9, 4], [1, 8, 9, 4], [1, 8, 9, 3]],
-            [[1, 5], [1, 5, 6, 7], [1, 5, 6]], [[1, 2, 3]]]
-    texts = [ids for group in rows for ids in group]
+    """Whatever texts share: nothing, the first id, all but the last, a whole text, all of it."""
+    texts = [[1, 5, 6], [1, 7], [1, 8, 9, 4], [1, 8, 9, 4], [1, 8, 9, 3], [1, 5], [1, 5, 6, 7],
+             [1, 5, 6], [1, 2, 3], [4], [3, 7], [3, 7, 5], [4]]
     with torch.no_grad():
-        found = rewards.last_states(small, rows)
-        for state, ids in zip(found, texts, strict=True):
-            assert torch.allclose(state, small(torch.tensor([ids]))[0, -1], atol=1e-5)
+        for some in (texts, texts[:9], texts[9:]):
+            found = rewards.last_states(small, some, tokens=16)
+            for state, ids in zip(found, some, strict=True):
+                assert torch.allclose(state, small(torch.tensor([ids]))[0, -1], atol=1e-5)
 
 
 def test_equal_answers_are_graded_once():

@@ -14,7 +14,7 @@ from conftest import ROOT, command, llama3_tokenizer, random_llama, read_lines
 
 import selfplay
 from model import generate, groups, load, logprobs, pack, save
-from selfplay import AGGREGATE, PAY, Game, Player, advantages, fold, gradients, player_loss
+from selfplay import AGGREGATE, PAY, Game, Player, advantages, gradients, player_loss
 from support import data, learning, record, runs
 from support.machine import Crew
 
@@ -113,7 +113,7 @@ ADVANTAGE = torch.tensor([1.0, -1.0])
 def loss_and_gradient(beta, kl="k3", aggregate="sum"):
     lp = LP.clone().requires_grad_()
     weight = AGGREGATE[aggregate](torch.tensor([2.0, 1.0]))  # by the completions' lengths
-    terms = player_loss(lp, REF, OWNER, OWNER.unique(), ADVANTAGE, torch.ones(2), weight, beta, kl)
+    terms = player_loss(lp, REF, OWNER, OWNER.unique(), ADVANTAGE, weight, beta, kl)
     terms["loss"].backward()
     return terms["loss"].item(), lp.grad, terms["kl"].item()
 
@@ -160,7 +160,7 @@ def test_literal_kl_does_nothing_in_the_mean_and_k3_does():
         every = []
         for t in range(6):
             terms = player_loss(lp[t:t + 1], ref[t:t + 1], torch.tensor([0]), torch.tensor([0]),
-                                torch.zeros(1), torch.ones(1), torch.ones(1), 1.0, kl)
+                                torch.zeros(1), torch.ones(1), 1.0, kl)
             every.append(terms["loss"])
         # The expectation over samples is computed from the probabilities; nothing is sampled.
         mean = (torch.stack(every) * lp.exp().detach()).sum()
@@ -201,32 +201,19 @@ def test_the_terms_of_the_loss_add_up(kl_form):
 
     Where completions lie in two micro-batches, the terms of both add up to those of one.
     """
-    advantage, count = torch.tensor([2.0, -1.0]), torch.tensor([3.0, 1.0])  # M = 4
+    advantage = torch.tensor([2.0, -1.0])  # M = 2
 
     def terms(tokens):
         found = player_loss(LP[tokens], REF[tokens], OWNER[tokens], OWNER[tokens].unique(),
-                            advantage, count, torch.ones(2), 0.1, kl_form)
+                            advantage, torch.ones(2), 0.1, kl_form)
         return {name: term.item() for name, term in found.items()}
     whole = terms(OWNER >= 0)
-    assert whole["policy"] == pytest.approx(-(2 - 1) / 4)
-    assert whole["loss"] == pytest.approx(whole["policy"] + 0.1 * whole["kl"] / 4)
+    assert whole["policy"] == pytest.approx(-(2 - 1) / 2)
+    assert whole["loss"] == pytest.approx(whole["policy"] + 0.1 * whole["kl"] / 2)
     assert abs(whole["kl"]) > 0.1
     first, second = terms(OWNER == 0), terms(OWNER == 1)
-    assert first["policy"] == pytest.approx(-2 / 4)
+    assert first["policy"] == pytest.approx(-2 / 2)
     assert {name: first[name] + second[name] for name in first} == pytest.approx(whole)
-
-
-def test_the_example_of_fold():
-    a, b = [7, 2], [9, 9, 2]
-    different, count, total = fold([[a, b, a]])
-    assert different == [[tuple(a), tuple(b)]]
-    assert count.tolist() == [2, 1]
-    assert total(torch.tensor([1.0, 2.0, 3.0])).tolist() == [4, 2]
-    # The same text in two groups has two prompts, so it stays two completions.
-    different, count, total = fold([[a, a], [b, a]])
-    assert different == [[tuple(a)], [tuple(b), tuple(a)]]
-    assert count.tolist() == [2, 1, 1]
-    assert total(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [3, 3, 4]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,10 +269,10 @@ def test_gradient_and_logged_loss_do_not_depend_on_the_micro_batch_split(small, 
 
 
 @pytest.mark.parametrize("aggregate", ["sum", "mean", "token"])
-def test_equal_answers_computed_once_give_the_plain_formulas_gradient(small, aggregate):
+def test_answers_as_a_tree_give_the_plain_formulas_gradient(small, aggregate):
     """LSP's L_Sol with k3 is computed a second way: one answer at a time, with nothing shared."""
     prompts = [[1, 7, 9], [1, 30]]
-    answers = [[[5, 6, 2], [5, 6, 2], [9, 2]], [[5, 6, 2], [2], [2]]]
+    answers = [[[5, 6, 2], [5, 6, 2], [5, 9]], [[5, 6, 2], [2], [2]]]
     # Even equal answers have different advantages here.
     advantage = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     player = Player(prompts, answers, None, None)
