@@ -52,9 +52,13 @@ class Asked(NamedTuple):
 
 
 def ask(model, tokenizer, queries, samples, temperature, generator, max_new_tokens):
-    """`samples` answers to each of N queries, as an Asked. queries: texts, or Rows of the data."""
+    """`samples` answers to each of N queries, as an Asked.
+
+    queries: texts, or Rows of the data, or prompts as lists of ids, such as the Challenger's.
+    """
     room = model.config.context - max_new_tokens  # what is too long is cut from behind
-    prompts = [tokenizer.chat(row.messages, room=room) for row in as_rows(queries)]
+    prompts = [query if isinstance(query, list) else
+               tokenizer.chat(as_rows([query])[0].messages, room=room) for query in queries]
     ids = sample_all(model, prompts, samples, max_new_tokens, temperature, generator)
     texts = [[tokenizer.spoken(tokenizer.decode(answer)) for answer in group] for group in ids]
     return Asked(prompts, ids, texts)

@@ -20,7 +20,7 @@ N queries), one gradient step a batch, and beta times the KL to the start.
 The paper does, and this does not: alike queries are found by BLEU clusters, here they are equal
 texts; 10 % of the Solver's reward is for format; its questions number 8,000 an iteration. The form
 of r_q is the paper's; the authors' code has min(s, 1 - s) minus the share. Equal answers are equal
-texts, or equal numbers (rewards.Majority). What is said of memory counts one trained model, not two.
+texts, or equal numbers (rewards.Majority). The check of memory counts one trained model, not two.
 """
 import copy
 import sys
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
 import selfplay
-from model import sample_all, save
+from model import save
 from rewards import Majority
 from support import console, forks, learning, referees, report, runs
 from tiny import language
@@ -43,7 +43,7 @@ ZERO_TOO = console.positive(float, zero=True)
 SETTINGS = forks.table([
     forks.FIGURES_ONLY,
     ("--steps", COUNT, 3, 3, "turns: the Challenger learns, then the Solver"),
-    ("--updates", COUNT, 20, 5, "of each player in a step"),
+    ("--updates", COUNT, 15, 5, "of each player in a step"),
     ("--queries", COUNT, 32, 8, "N, queries an update"),
     ("--answers", COUNT, 16, 10, "G, answers to each query"),
     ("--questions", COUNT, 512, 256, "that the new Challenger writes for the Solver to learn from"),
@@ -83,11 +83,10 @@ def majority(texts):
 
 
 def write(challenger, args, count):
-    """The Challenger's queries: (ids, texts, was each finished?), `count` of each."""
-    ids, = sample_all(challenger.model, [challenger.prompt], count, args.query_tokens, 1.0,
-                      challenger.generator)
-    tokenizer, ends = challenger.tokenizer, challenger.model.end_ids
-    return (ids, [tokenizer.spoken(tokenizer.decode(q)) for q in ids], [q[-1] in ends for q in ids])
+    """The Challenger's queries: (ids, texts), `count` of each."""
+    wrote = evaluate.ask(challenger.model, challenger.tokenizer, [challenger.prompt] * count, 1,
+                         1.0, challenger.generator, args.query_tokens)
+    return [ids for ids, in wrote.ids], [text for text, in wrote.texts]
 
 
 def answer(solver, args, queries):
@@ -110,7 +109,8 @@ def step(challenger, solver, args, number):
         learning.set_rate(player.optimizer, args.lr * (1 - (number - 1) / args.steps))
     paid = tokens = 0
     for _ in range(args.updates):  # 1. the Challenger learns
-        ids, queries, whole = write(challenger, args, args.queries)
+        ids, queries = write(challenger, args, args.queries)
+        whole = [query[-1] in challenger.model.end_ids for query in ids]
         said = answer(solver, args, queries)
         _, share = majority(said.texts)
         pay = uncertainty(share, queries, whole, args.penalty)  # [N]
@@ -118,7 +118,7 @@ def step(challenger, solver, args, number):
         paid += pay.mean().item() / args.updates
         tokens += forks.tokens([ids], said.ids)
 
-    ids, queries, _ = write(challenger, args, args.questions)  # 2. questions and labels
+    ids, queries = write(challenger, args, args.questions)  # 2. questions and labels
     said = answer(solver, args, queries)
     tokens += forks.tokens([ids], said.ids)
     labels, share = majority(said.texts)
