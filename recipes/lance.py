@@ -63,8 +63,7 @@ def step(game, args, review, number):
                         args.query_tokens)
     queries = list(dict.fromkeys(text for (text,), (ids,) in zip(made.texts, made.ids)
                                  if ids[-1] in model.end_ids))
-    if not queries:
-        raise console.UserError("all queries are cut: try a larger --query-tokens")
+    forks.check_some(queries)
     said = evaluate.ask(model, tokenizer, queries, args.answers, 1.0, game.generator,
                         args.answer_tokens)
     grades = referees.judged(review, queries, said.texts)  # [N, G]
@@ -72,11 +71,11 @@ def step(game, args, review, number):
 
     fall = 1 - (number - 1) / args.steps
     learning.set_rate(game.optimizer, args.lr * fall)
-    learnt = forks.learn(game.optimizer, len(examples), lambda batch: spin.sft_gradients(
-        model, [examples[i] for i in batch], args), args, game.rng)
+    learnt = forks.learn(game.optimizer, examples, lambda batch: spin.sft_gradients(
+        model, batch, args), args, game.rng)
     ref = spin.all_logprobs(model, pairs, args.micro_batch)  # [M, 2]: of p_t
     learning.set_rate(game.optimizer, args.lr_pairs * fall)
-    preferred = forks.learn(game.optimizer, len(pairs), lambda batch: spin.spin_gradients(
+    preferred = forks.learn(game.optimizer, range(len(pairs)), lambda batch: spin.spin_gradients(
         model, [pairs[i] for i in batch], ref[batch], args.beta, args), args, game.rng)
     preferred = {name: preferred[name] for name in ("margin", "accuracy") if name in preferred}
 

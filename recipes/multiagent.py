@@ -18,20 +18,18 @@ right. One step:
 All learn by fine-tuning, L = - mean log p(y | x). model/ in the run's folder is generator 1, and
 the scoreboard asks it alone. metrics.jsonl has what a debate adds: "alone", "critic" and "vote",
 the shares of first answers, of critics' answers and of y^ that are right, and "diversity", the
-share of pairs of generators whose first answers differ. --agents 1 with as many --answers is the paper's single-agent baseline.
+share of pairs of generators whose first answers differ. --agents 1 with three times the --answers
+is the paper's baseline of a single agent.
 The paper does, and this does not: it takes y^ from the last round alone, and a critic learns what
 it said itself. The embedded default cannot read a debate at first (2 % of its critics' answers are
 right), so the first answers vote, too, and a critic that did not come to y^ learns an answer of a
 generator that did. There is one round of criticism; the paper summarises long debates. The check of
 memory counts one trained model, not 2 A of them.
 """
-import copy
 import itertools
 import sys
 from collections import Counter
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -116,12 +114,6 @@ def diversity(firsts):
     return sum(pairs) / max(1, len(pairs))
 
 
-def fine_tune(agent, pairs, args):
-    """Learn from pairs' answers. Returns the mean figures of spin.sft_gradients."""
-    return forks.learn(agent.optimizer, len(pairs), lambda batch: spin.sft_gradients(
-        agent.model, [pairs[i] for i in batch], args), args, agent.rng)
-
-
 def step(generators, critics, args, number):
     """One debate, and what all learn from it. Both are A selfplay.Games. Returns figures, games."""
     game, embedded = generators[0], language.spoken_by(generators[0].tokenizer)
@@ -137,12 +129,13 @@ def step(generators, critics, args, number):
     ends = [vote([text for said in first + final for text in said.texts[i]])  # 3.
             for i in range(len(rows))]
 
-    for agent in generators + critics:
+    lessons = [generator_data(said, ends) for said in first]  # 4.
+    lessons += [critic_data(a, first, said, ends, game.rng) for a, said in enumerate(final)]  # 5.
+    learnt = []
+    for agent, pairs in zip(generators + critics, lessons):
         learning.set_rate(agent.optimizer, args.lr * (1 - (number - 1) / args.steps))
-    own = [generator_data(said, ends) for said in first]  # 4.
-    learnt = [fine_tune(*both, args) for both in zip(generators, own)]
-    for a, critic in enumerate(critics):  # 5.
-        fine_tune(critic, critic_data(a, first, final[a], ends, game.rng), args)
+        learnt.append(forks.learn(agent.optimizer, pairs, lambda batch: spin.sft_gradients(
+            agent.model, batch, args), args, game.rng))
 
     def right(texts):  # for the figures alone: [N, number of texts a query]
         return referees.judged(game.referee, [row.query for row in rows], texts, data.columns(rows))
@@ -150,7 +143,7 @@ def step(generators, critics, args, number):
     reward = right(first[0].texts)
     found = {"alone": right(firsts).mean().item(), "critic": right(last).mean().item(),
              "vote": right([[end or ""] for end in ends]).mean().item(),
-             "diversity": diversity(firsts), "kept": len(own[0]),
+             "diversity": diversity(firsts), "kept": len(lessons[0]),
              "tokens": forks.tokens(*(said.ids for said in first + final))}
     return (forks.figures(reward, first[0].ids) | learnt[0] | found,
             forks.games([row.query for row in rows], first[0].texts, reward))
@@ -161,21 +154,15 @@ def main(argv=None):
     args = forks.parse(SETTINGS, selfplay.SETTINGS, argv, "multiagent", __doc__,
                        language.spoken_by)
     game = selfplay.set_up(args, args.device)
-
-    def another():
-        model = copy.deepcopy(game.reference).requires_grad_(True)
-        return game._replace(model=model, optimizer=learning.optimizer_for(
-            model, torch.optim.AdamW, weight_decay=0.0))
-    generators = [game, *(another() for _ in range(args.agents - 1))]
-    critics = [another() for _ in range(args.agents)]
+    generators = [game, *(forks.twin(game) for _ in range(args.agents - 1))]
+    critics = [forks.twin(game) for _ in range(args.agents)]
     with runs.open_run(args, game.start) as run:
         print(f"multiagent finetuning of {args.model}, seed {args.seed}, into {run.folder}")
         forks.play(run, args.steps, lambda number: step(generators, critics, args, number))
         save(game.model, run.folder / "model")
-        for kind, others in (("generator", generators), ("critic", critics)):
-            for a, agent in enumerate(others, 1):
-                if agent is not game:
-                    save(agent.model, run.folder / f"{kind}-{a}")
+        for a, (generator, critic) in enumerate(zip(generators, critics), 1):
+            save(generator.model, run.folder / f"generator-{a}")
+            save(critic.model, run.folder / f"critic-{a}")
         selfplay.compare(game, run, args)
         report.show_run(run.folder)
 

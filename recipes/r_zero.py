@@ -22,7 +22,6 @@ texts; 10 % of the Solver's reward is for format; its questions number 8,000 an 
 of r_q is the paper's; the authors' code has min(s, 1 - s) minus the share. Equal answers are equal
 texts, or equal numbers (rewards.Majority). The check of memory counts one trained model, not two.
 """
-import copy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -73,26 +72,15 @@ def majority(texts):
     texts: N lists of G texts. What comes to nothing has no vote. Of equally frequent ones the first
     is taken; a group without any vote has the label None and the share 0.
     """
-    found = []
-    for group in texts:
-        votes = Counter(end for end in map(Majority.comes_to, group) if end)
-        (label, count), = votes.most_common(1) or [(None, 0)]
-        found.append((label, count / len(group)))
-    labels, shares = zip(*found)
-    return labels, torch.tensor(shares)
+    votes = [Counter(end for end in map(Majority.comes_to, group) if end) for group in texts]
+    found = [(counts.most_common(1) or [(None, 0)])[0] for counts in votes]
+    return [label for label, _ in found], torch.tensor([n for _, n in found]) / len(texts[0])
 
 
-def write(challenger, args, count):
-    """The Challenger's queries: (ids, texts), `count` of each."""
-    wrote = evaluate.ask(challenger.model, challenger.tokenizer, [challenger.prompt] * count, 1,
-                         1.0, challenger.generator, args.query_tokens)
-    return [ids for ids, in wrote.ids], [text for text, in wrote.texts]
-
-
-def answer(solver, args, queries):
-    """The Solver's answers to queries, an evaluate.Asked."""
-    return evaluate.ask(solver.model, solver.tokenizer, queries, args.answers, 1.0,
-                        solver.generator, args.answer_tokens)
+def matches(labels, texts):
+    """[N, G]: 1 for each answer that comes to its query's label, else 0."""
+    return torch.tensor([[float(Majority.comes_to(text) == label) for text in group]
+                         for label, group in zip(labels, texts)])
 
 
 def update(player, prompts, completions, reward, args):
@@ -107,33 +95,41 @@ def step(challenger, solver, args, number):
     """One turn of both. challenger, solver: selfplay.Games that differ in model and optimizer."""
     for player in (challenger, solver):
         learning.set_rate(player.optimizer, args.lr * (1 - (number - 1) / args.steps))
-    paid = tokens = 0
+    paid = right = tokens = 0
+
+    def says(player, asked, count, longest):
+        return evaluate.ask(player.model, player.tokenizer, asked, count, 1.0, player.generator,
+                            longest)
+
+    def write(count):
+        wrote = says(challenger, [challenger.prompt] * count, 1, args.query_tokens)
+        return [ids for ids, in wrote.ids], [text for text, in wrote.texts]
+
+    def answer(queries):
+        return says(solver, queries, args.answers, args.answer_tokens)
     for _ in range(args.updates):  # 1. the Challenger learns
-        ids, queries = write(challenger, args, args.queries)
+        ids, queries = write(args.queries)
         whole = [query[-1] in challenger.model.end_ids for query in ids]
-        said = answer(solver, args, queries)
+        said = answer(queries)
         _, share = majority(said.texts)
         pay = uncertainty(share, queries, whole, args.penalty)  # [N]
         update(challenger, [challenger.prompt], [ids], pay[None], args)
         paid += pay.mean().item() / args.updates
         tokens += forks.tokens([ids], said.ids)
 
-    ids, queries = write(challenger, args, args.questions)  # 2. questions and labels
-    said = answer(solver, args, queries)
+    ids, queries = write(args.questions)  # 2. questions and labels
+    said = answer(queries)
     tokens += forks.tokens([ids], said.ids)
     labels, share = majority(said.texts)
-    truth = referees.judged(solver.referee, queries, said.texts)  # [N, G], for the figures alone
     chosen = [i for i, s in enumerate(share.tolist()) if args.low <= s <= args.high]
-    called = [[Majority.comes_to(text) == label for text in group]
-              for label, group in zip(labels, said.texts)]
-    correct = [truth[i, called[i].index(True)].item() for i in chosen]  # is the label right?
+    truth = referees.judged(solver.referee, queries, said.texts)  # [N, G], for the figures alone
+    matching = matches(labels, said.texts)  # [N, G]
+    correct = [truth[i, matching[i].argmax()].item() for i in chosen]  # is the label right?
 
-    right = 0
     for _ in range(args.updates if chosen else 0):  # 3. the Solver learns
         batch = [solver.rng.choice(chosen) for _ in range(args.queries)]
-        tried = answer(solver, args, [queries[i] for i in batch])
-        reward = torch.tensor([[float(Majority.comes_to(text) == labels[i]) for text in group]
-                               for i, group in zip(batch, tried.texts)])  # [N, G]
+        tried = answer([queries[i] for i in batch])
+        reward = matches([labels[i] for i in batch], tried.texts)  # [N, G]
         update(solver, tried.prompts, tried.ids, reward, args)
         right += reward.mean().item() / args.updates
         tokens += forks.tokens(tried.ids)
@@ -148,9 +144,7 @@ def main(argv=None):
     """R-Zero into a run's folder, and then the scoreboard of the Solver."""
     args = forks.parse(SETTINGS, selfplay.SETTINGS, argv, "r_zero", __doc__, language.spoken_by)
     solver = selfplay.set_up(args, args.device)
-    other = copy.deepcopy(solver.reference).requires_grad_(True)
-    challenger = solver._replace(model=other, optimizer=learning.optimizer_for(
-        other, torch.optim.AdamW, weight_decay=0.0))
+    challenger = forks.twin(solver)
     with runs.open_run(args, solver.start) as run:
         print(f"R-Zero on {args.model}, seed {args.seed}, into {run.folder}")
         forks.play(run, args.steps, lambda number: step(challenger, solver, args, number))

@@ -23,7 +23,6 @@ three examples (the embedded default writes queries already); safety and honesty
 filters by meaning. The check of memory counts one trained model, not
 two.
 """
-import copy
 import sys
 from pathlib import Path
 
@@ -50,20 +49,21 @@ SETTINGS = forks.table([
      "the reward calls right"),
     ("--beta", ZERO_TOO, 0.1, 0.1, "of the proposer's DPO; 0: it does not learn"),
     ("--lr-proposer", NUMBER, 3e-5, 5e-6, "its learning rate (AdamW)"),
-    ("--lr", NUMBER, 1.5e-4, 2e-5, "the target's; it falls linearly towards 0"),
+    ("--lr", NUMBER, 1.5e-4, 2e-5, "the target's"),
     ("--epochs", COUNT, 1, 1, "over pairs, and over labelled queries"),
     ("--batch", COUNT, 32, 32, "examples an update"),
 ], selfplay.SETTINGS, *forks.CHALLENGER)
 
 
-def propose(game, proposer, args, count):
+def propose(proposer, args, count):
     """{query: its ids} of `count` samples: those that were finished and can have an answer."""
-    wrote = evaluate.ask(proposer, game.tokenizer, [game.prompt] * count, 1, 1.0, game.generator,
-                         args.query_tokens)
+    wrote = evaluate.ask(proposer.model, proposer.tokenizer, [proposer.prompt] * count, 1, 1.0,
+                         proposer.generator, args.query_tokens)
     texts = [text for text, in wrote.texts]
-    fine = referees.which_valid(game.referee, texts)
+    fine = referees.which_valid(proposer.referee, texts)
     proposed = {text: ids for text, (ids,), ok in zip(texts, wrote.ids, fine or [True] * count)
-                if ok and ids[-1] in proposer.end_ids}
+                if ok and ids[-1] in proposer.model.end_ids}
+    forks.check_some(proposed)
     return proposed, forks.valid(fine, texts) | {"tokens": forks.tokens(wrote.ids)}
 
 
@@ -83,18 +83,16 @@ def preferences(prompt, proposed, value, rng):
     return [spin.Pair(prompt, *both) for both in zip(failing, solved)]
 
 
-def proposer_learns(game, proposer, optimizer, args):
+def proposer_learns(game, proposer, args):
     """Steps 1 to 3. Returns (figures, games)."""
-    proposed, found = propose(game, proposer, args, args.queries)
+    proposed, found = propose(proposer, args, args.queries)
     queries = [*proposed]
     said, reward = target_answers(game, args, queries)
     value = reward.mean(1)  # [N]
     pairs = preferences(game.prompt, proposed, value, game.rng) if args.beta else []
-    ref = spin.all_logprobs(proposer, pairs, args.micro_batch)  # [M, 2]: of p_t
-
-    def gradient(batch):
-        return spin.spin_gradients(proposer, [pairs[i] for i in batch], ref[batch], args.beta, args)
-    learnt = forks.learn(optimizer, len(pairs), gradient, args, game.rng)
+    ref = spin.all_logprobs(proposer.model, pairs, args.micro_batch)  # [M, 2]: of p_t
+    learnt = forks.learn(proposer.optimizer, range(len(pairs)), lambda batch: spin.spin_gradients(
+        proposer.model, [pairs[i] for i in batch], ref[batch], args.beta, args), args, game.rng)
     found["tokens"] += forks.tokens(said.ids)
     found["failing"] = (value < 0.5).float().mean().item()
     return (forks.figures(reward, said.ids) | found | learnt,
@@ -103,7 +101,7 @@ def proposer_learns(game, proposer, optimizer, args):
 
 def target_learns(game, proposer, args):
     """The last step. Returns (figures, games)."""
-    proposed, found = propose(game, proposer, args, args.proposals)
+    proposed, found = propose(proposer, args, args.proposals)
     queries, answers = [*proposed], [language.solve(query) for query in proposed]
     if args.labels == "own":
         said, reward = target_answers(game, args, queries)
@@ -117,14 +115,8 @@ def target_learns(game, proposer, args):
         asked = [{"role": "user", "content": query}]
         reply = game.tokenizer.reply(asked, answer, game.model.end_ids)
         pairs.append(spin.Pair(game.tokenizer.chat(asked), reply, []))
-    left = updates = args.epochs * -(-len(pairs) // args.batch)
-
-    def gradient(batch):
-        nonlocal left
-        learning.set_rate(game.optimizer, args.lr * left / updates)
-        left -= 1
-        return spin.sft_gradients(game.model, [pairs[i] for i in batch], args)
-    learnt = forks.learn(game.optimizer, len(pairs), gradient, args, game.rng)
+    learnt = forks.learn(game.optimizer, pairs, lambda batch: spin.sft_gradients(
+        game.model, batch, args), args, game.rng)
     ones = torch.ones(len(pairs), 1)
     return (found | learnt | {"kept": len(pairs)},
             forks.games(labelled, [[answer] for answer in labelled.values()], ones))
@@ -137,16 +129,15 @@ def main(argv=None):
     if args.labels == "solver" and not language.spoken_by(args.model):
         raise console.UserError("--labels solver knows the embedded language alone: --labels own")
     game = selfplay.set_up(args, args.device)
-    proposer = copy.deepcopy(game.reference).requires_grad_(True)
-    optimizer = learning.optimizer_for(proposer, torch.optim.AdamW, lr=args.lr_proposer,
-                                       weight_decay=0.0)
+    proposer = forks.twin(game)
+    learning.set_rate(proposer.optimizer, args.lr_proposer)
     with runs.open_run(args, game.start) as run:
         print(f"ReverseGen on {args.model}, seed {args.seed}, into {run.folder}")
         forks.play(run, args.steps, lambda number: (
-            proposer_learns(game, proposer, optimizer, args) if number < args.steps
+            proposer_learns(game, proposer, args) if number < args.steps
             else target_learns(game, proposer, args)))
         save(game.model, run.folder / "model")
-        save(proposer, run.folder / "proposer")
+        save(proposer.model, run.folder / "proposer")
         selfplay.compare(game, run, args)
         report.show_run(run.folder)
 

@@ -26,8 +26,6 @@ import itertools
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
@@ -64,22 +62,16 @@ def step(game, args, number):
     optimizer = game.optimizer
     if args.restart:
         game.model.load_state_dict(game.reference.state_dict())
-        optimizer = learning.optimizer_for(game.model, torch.optim.AdamW, weight_decay=0.0)
+        optimizer = forks.adamw(game.model)
     learning.set_rate(optimizer, args.lr * (1 - (number - 1) / args.steps))
     if args.learn == "sft":
-        examples = right
-
-        def gradient(batch):
-            return spin.sft_gradients(game.model, [right[i] for i in batch], args)
+        learnt = forks.learn(optimizer, right, lambda batch: spin.sft_gradients(
+            game.model, batch, args), args, game.rng)
     else:
-        examples = pairs
         ref = spin.all_logprobs(game.reference, pairs, args.micro_batch)  # [M, 2]
-
-        def gradient(batch):
-            return spin.spin_gradients(game.model, [pairs[i] for i in batch], ref[batch],
-                                       args.beta, args)
-    learnt = forks.learn(optimizer, len(examples), gradient, args, game.rng)
-    found = {"kept": len(examples), "tokens": forks.tokens(said.ids)}
+        learnt = forks.learn(optimizer, range(len(pairs)), lambda batch: spin.spin_gradients(
+            game.model, [pairs[i] for i in batch], ref[batch], args.beta, args), args, game.rng)
+    found = {"kept": len(right if args.learn == "sft" else pairs), "tokens": forks.tokens(said.ids)}
     return (forks.figures(reward, said.ids) | learnt | found,
             forks.games(queries, said.texts, reward))
 

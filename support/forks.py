@@ -3,10 +3,13 @@
 It is plumbing only: each recipe's method stands in the recipe's own file. The settings are rows of
 selfplay.SETTINGS and rows of the recipe's own, so a flag means the same everywhere.
 """
+import copy
 import json
 import math
 import time
 from collections import Counter
+
+import torch
 
 from support import console, data, learning, machine, record, runs
 
@@ -96,17 +99,27 @@ def play(run, steps, step):
     return number
 
 
-def learn(optimizer, count, gradient, args, rng):
-    """--epochs over `count` examples, shuffled anew, --batch at a time. Returns mean figures.
+def twin(game):
+    """Another player like a selfplay.Game's: a copy of its start, with an optimizer of its own."""
+    model = copy.deepcopy(game.reference).requires_grad_(True)
+    return game._replace(model=model, optimizer=adamw(model))
 
-    gradient: a function of a list of numbers below `count`: it adds the gradient of these examples'
-    mean loss, and returns {name: figure}. No examples, no figures. Raises UserError where a
-    gradient is not finite.
+
+def adamw(model):
+    """A new AdamW; its learning rate is set later (learning.set_rate)."""
+    return learning.optimizer_for(model, torch.optim.AdamW, weight_decay=0.0)
+
+
+def learn(optimizer, examples, gradient, args, rng):
+    """--epochs over the examples, shuffled anew, --batch at a time. Returns mean figures.
+
+    gradient: a function of a list of examples: it adds the gradient of their mean loss, and returns
+    {name: figure}. No examples, no figures. Raises UserError where a gradient is not finite.
     """
     found = []
     for _ in range(args.epochs):
-        order = rng.sample(range(count), count)
-        for i in range(0, count, args.batch):
+        order = rng.sample(examples, len(examples))
+        for i in range(0, len(order), args.batch):
             found.append(gradient(order[i:i + args.batch]))
             check(learning.take(optimizer))
     return {name: sum(row[name] for row in found if name in row)
@@ -119,6 +132,13 @@ def check(norm):
         raise console.UserError(f"the gradient's norm is {norm}; the step was not taken; try a "
                                 "smaller --lr in a new run")
     return norm
+
+
+def check_some(queries):
+    """Raise UserError where no query is left to answer."""
+    if not queries:
+        raise console.UserError("no query of this step can be used: all are cut, or none has an "
+                                "answer; try a larger --query-tokens or a smaller learning rate")
 
 
 def figures(reward, ids):
