@@ -26,6 +26,7 @@ from support.text import Tokenizer
 from tiny import language
 
 SAMPLES = 8  # answers at temperature 1 to each instruction: their mean is sampled, the best pass@8
+LONGER = 1000  # chains of four operations that `score --json` asks
 Z = 1.959964  # the normal distribution holds 95 % within so many deviations
 
 
@@ -359,13 +360,14 @@ def write_items(path, name, model, tokenizer, queries, rates, seed):
 
     "longer": those on chains one operation longer than any in training.
     """
-    longer = language.longer_set(300)
-    beyond = rate(model, tokenizer, longer, seed, ExactReward(longest=4))
-    items = {"sampled": rates["sampled"].mean(1), "greedy": rates["greedy"].mean(1),
-             "pass@8": rates["sampled"].amax(1), "longer": beyond["sampled"].mean(1)}
-    figures = {"model": str(name), "scores": summary(rates, queries),
+    def items(rates):
+        return {"sampled": rates["sampled"].mean(1).tolist(),
+                "greedy": rates["greedy"].mean(1).tolist(),
+                f"pass@{SAMPLES}": rates["sampled"].amax(1).tolist()}
+    beyond = rate(model, tokenizer, language.longer_set(LONGER), seed, ExactReward(longest=4))
+    figures = {"model": str(name), "samples": SAMPLES, "scores": summary(rates, queries),
                "kinds": [language.kind(query) for query in queries],
-               "items": {key: values.tolist() for key, values in items.items()}}
+               "items": items(rates), "longer": items(beyond)}
     Path(path).write_text(json.dumps(figures) + "\n", encoding="utf-8")
 
 

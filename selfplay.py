@@ -58,9 +58,8 @@ def step(game, args):
     rows, answers, challenger, solver = play(game, args)  # N conversations, N lists of G texts
     queries = [row.query for row in rows]
     reward, quality = score(game, rows, answers)  # R, R_Q [N, G]
-    weighted = args.quality * quality
-    paid = pay_of(game, args, queries, reward, weighted)  # [N]: -V + V_Q
-    a_sol, a_ch = advantages(reward + weighted, paid, args.advantage)  # [N, G], [N]
+    paid = pay_of(game, args, queries, reward, quality)  # [N]: -V + V_Q
+    a_sol, a_ch = advantages(reward + args.quality * quality, paid, args.advantage)  # [N, G], [N]
     losses = {"solver": gradients(game, solver, a_sol, args.kl, args)}
     if challenger:  # grpo has none
         losses["challenger"] = gradients(game, challenger, a_ch, args.kl_challenger, args,
@@ -260,7 +259,12 @@ def score(game, rows, answers):
 
 
 def pay_of(game, args, queries, reward, quality):
-    """What the Challenger is paid for its N queries, [N]. quality: weighted. Raises UserError."""
+    """What the Challenger is paid for its N queries, [N]. Raises UserError.
+
+    R_Q is weighted by --quality here, too, or by --quality-challenger.
+    """
+    own = args.quality_challenger
+    quality = (args.quality if own is None else own) * quality
     inside = bool(((reward >= 0) & (reward <= 1)).all())
     if args.pay in PAY and args.pay != "minimax" and not inside:
         raise console.UserError(f"--pay {args.pay} is for rewards between 0 and 1, and --reward "
@@ -370,6 +374,8 @@ SETTINGS = [
      "alpha_Ch, weight of the Challenger's loss; with more it asks what nobody can answer"),
     ("--quality", ZERO_TOO, 1.0, 7.0,
      "weight of the quality self-reward R_Q, in lsp; R_Q is 0 to 1, so 7 counts points"),
+    ("--quality-challenger", ZERO_TOO, None, None,
+     "the same in what the Challenger is paid; without it: as --quality, as in the paper"),
     ("--judge", ("expected", "written"), "expected", "expected",
      "how R_Q is read: the expected grade of one forward pass, or (with a real model) a written "
      "verdict, as in the paper"),
@@ -385,6 +391,8 @@ SETTINGS = [
     *runs.SETTINGS,
     ("--eval-every", COUNT, 50, 150,
      "steps between scores on held-out questions, for the curves; 200 questions, or fewer"),
+    ("--keep-every", COUNT, None, None,
+     "steps between models that are kept beside the last one, as step-N in the run's folder"),
     ("--show-every", COUNT, 100, 100, "print one game every so many steps"),
     ("--dry-run", bool, False, False,
      "only say what memory these settings need and how long a step takes; save nothing"),
@@ -392,9 +400,9 @@ SETTINGS = [
 
 
 # Flags that mean nothing in a game: they are refused there.
-IDLE = {"grpo": ("--pay", "--alpha-ch", "--kl-challenger", "--query-tokens", "--quality", "--judge",
-                 "--task", "--template"),
-        "lsp-zero": ("--quality", "--judge")}
+IDLE = {"grpo": ("--pay", "--alpha-ch", "--kl-challenger", "--query-tokens", "--quality",
+                 "--quality-challenger", "--judge", "--task", "--template"),
+        "lsp-zero": ("--quality", "--quality-challenger", "--judge")}
 
 
 def parse_args(argv=None):
@@ -428,7 +436,7 @@ def refuse(args, real):
             (real and (not args.reward or "exact" in dict(console.specs(args.reward))),
              f"{foreign}, so --reward exact cannot judge it: name a reward model, "
              "file.py:function, majority, or math"),
-            (args.quality == 0 and args.game == "lsp",
+            (args.quality == 0 and not args.quality_challenger and args.game == "lsp",
              "--quality 0 leaves the judge out: that is --game lsp-zero"),
             (args.judge == "written" and not real,
              "--judge written is for models that do not speak the embedded language: that one's "
@@ -477,7 +485,8 @@ def set_up(args, device, crew=machine.Crew()):
             runs.check_memory(plan, args, device, crew.size, longest=max(first, second))
     config, count = read_config(args.model)
     adapters = config.adapter_size(args.lora, args.lora_targets)
-    runs.check_disk(args, count, adapters, optimizer_floats=2, models=1)
+    kept = (args.steps - 1) // args.keep_every if args.keep_every else 0
+    runs.check_disk(args, count, adapters, optimizer_floats=2, models=1 + kept)
     referee, readers, pay = load_judgement(args, device, dtype, template, rows, held)
     # Several processes share the weights out, and each begins with all of them on the CPU. There
     # the reference is loaded anew, so that each process holds one whole copy at a time. (With LoRA
@@ -626,6 +635,8 @@ def train(game, run, args):
             if number % args.show_every == 0 or number == 1:
                 bar.write("\n" + record.game_text(number, played, valid))
             stop = any(crew.all(bool(asked)))
+            if args.keep_every and number % args.keep_every == 0 and number < args.steps:
+                save(game.model, run.folder / f"step-{number}")
             if run.due(number) or stop or number == args.steps:
                 run.checkpoint(game.optimizer, game.generator, {
                     "step": number, "rng": game.rng.getstate(), "said": said, "recent": recent})

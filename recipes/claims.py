@@ -1,592 +1,503 @@
-"""The claims of both papers, tested: every game is played, and each claim gets a verdict.
+"""What is self-play worth? Six questions about both papers, each answered by runs of the games.
 
-    python recipes/claims.py            3 runs of each method, 300 steps: two hours on 2 cores
-    python recipes/claims.py --quick    1 run of each, 40 steps: some minutes, to see how it works
+    python recipes/claims.py                  the questions, and what each costs
+    python recipes/claims.py worth            plays what is missing and writes docs/results/worth.md
+    python recipes/claims.py worth --quick    one seed, a 25th of the steps: its shape, in minutes
+    python recipes/claims.py worth --draw     only writes the page again, from the results there are
 
 The papers are Language Self-Play (LSP, arXiv 2509.07414) and Self-Play Fine-Tuning (SPIN, arXiv
 2401.01335). All methods start from the embedded default in tiny/. They are compared on the same
-held-out instructions, which were not used to choose any setting. The folder --out gets claims.md
-(the table and the verdicts), claims.png, and every run. Finished runs are kept, so the same
-command continues where it was stopped.
+held-out instructions, by which no setting was chosen.
+
+Below are the questions: the runs of each, its claims with the figures that decide them (fixed
+before the runs), and its picture. support/trials.py plays and keeps results,
+support/intervals.py has the statistics, and support/pages.py writes.
 """
 import argparse
-import hashlib
-import json
-import math
 import os
-import subprocess
+import random
+import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import evaluate
-from support import console, report, runs
+from support import console, pages, trials
+from support.intervals import all_of, negated, verdict, worth
+from support.pages import Panel, Question, points, share
+from support.trials import AT_START, FOUR, Missing, Results, Run
 from tiny import language
 
-START = ROOT / "tiny"  # the model that all methods start from
-HELD_OUT = 1  # which draw of held-out instructions; the settings were chosen on other draws
-ITEMS = 2000  # how many of them
-EAGER = 0.03  # alpha_Ch of the long runs: large enough for LSP and LSP-Zero to drift apart
-
-GRPO, GRPO_FIRST, LSP_FIRST = "GRPO on data", "GRPO, then LSP", "LSP, then GRPO"
-EAGER_ZERO = "LSP-Zero, eager"
-LONG_ZERO, LONG_LSP = "LSP-Zero, eager, 3 x as long", "LSP, eager, 3 x as long"
-FINE_TUNING, ONE_LONG = "more fine-tuning", "SPIN, one long iteration"
+REPORTED, CHOSEN_BY = "drawing 3", "drawing 2"
+SETS = {REPORTED: "--held-out 3 --items 6000", CHOSEN_BY: "--held-out 2 --items 2000"}
+WAYS = {  # a column or a panel -> how answers are asked for, of which instructions
+    "sampled": ("sampled", REPORTED), "greedy": ("greedy", REPORTED),
+    "pass@8": ("pass@8", REPORTED), "chains of four": ("sampled", FOUR)}
+QUICKER = 25  # --quick divides steps and pairs by it
+QUICK = f" --quick: one seed, a {QUICKER}th of the steps, 500 instructions"
 
 
-def method_commands(steps):
-    """{method: (command line, method whose model it starts from, or None)}.
+def play(name, steps, flags="", game="lsp", **more):
+    """A Run of selfplay.py."""
+    return Run(name, " ".join(f"selfplay.py --game {game} --steps {steps} {flags}".split()), **more)
 
-    All runs of LSP and GRPO play the same number of games, except the two that are three times
-    as long.
-    """
-    games = ("lsp", "lsp-zero", "grpo")
-    lsp, zero, grpo = (f"selfplay.py --game {game} --steps {steps}" for game in games)
-    long = f"--steps {3 * steps} --alpha-ch {EAGER}"
-    pairs = f"--pairs {50 * steps // 3}"  # 300 steps: 5,000, the default of spin.py
-    return {
-        GRPO: (grpo, None),
-        "LSP-Zero": (zero, None),
-        "LSP": (lsp, None),
-        GRPO_FIRST: (lsp, GRPO),
-        LSP_FIRST: (grpo, "LSP"),
-        "LSP paid r-zero": (f"{lsp} --pay r-zero", None),
-        "LSP paid absolute-zero": (f"{lsp} --pay absolute-zero", None),
-        "LSP paid sqlm": (f"{lsp} --pay sqlm", None),
-        "LSP paid spice": (f"{lsp} --pay spice", None),
-        EAGER_ZERO: (f"{zero} --alpha-ch {EAGER}", None),
-        LONG_ZERO: (f"selfplay.py --game lsp-zero {long}", None),
-        LONG_LSP: (f"selfplay.py --game lsp {long}", None),
-        "SPIN": (f"spin.py {pairs}", None),
-        FINE_TUNING: (f"spin.py --game sft {pairs}", None),
-        ONE_LONG: (f"spin.py {pairs} --iterations 1 --epochs 14", None),
-    }
+
+LSP, ZERO = play("LSP", 500), play("LSP-Zero", 500, game="lsp-zero")
+GRPO = play("GRPO on endless data", 500, game="grpo")
 
 
 # --------------------------------------------------------------------------------------------------
-# Intervals and verdicts
-
-STUDENT = [math.nan, math.nan,  # Student's t, 97.5 %, by number of seeds
-           12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
-
-
-def seeds_and_items(x):
-    """[mean, low, high] of x [seeds, items], with a 95 % interval.
-
-    Seeds and items are two sources of chance. The half-width of each is computed, and the two are
-    added in squares. For seeds it uses Student's t. With one seed, the spread between seeds is
-    unknown and left out. A single number has no finite interval.
-    """
-    S, n = x.shape
-    if S == n == 1:
-        return [x.item(), -math.inf, math.inf]
-    seeds = STUDENT[min(S, 10)] * x.mean(1).std().item() / math.sqrt(S) if S > 1 else 0.0
-    items = 1.959964 * x.mean(0).std().item() / math.sqrt(n) if n > 1 else 0.0
-    mean, half = x.mean().item(), math.hypot(seeds, items)
-    return [mean, mean - half, mean + half]
-
-
-def verdict(interval, worse_by=0.0):
-    """Is a figure above -worse_by? yes or no if its whole interval says so, else not decided."""
-    if interval[1] > -worse_by:
-        return "yes"
-    return "no" if interval[2] < -worse_by else "not decided"
-
-
-def all_of(*verdicts):
-    """The verdict on a claim of several parts: yes if all are yes, no if any is no."""
-    if "no" in verdicts:
-        return "no"
-    return "yes" if set(verdicts) == {"yes"} else "not decided"
-
-
-# --------------------------------------------------------------------------------------------------
-# Playing: one process a run, several at once
-
-def slug(method):
-    """A method's name as the name of a folder."""
-    return method.lower().replace(",", "").replace(" ", "-")
-
-
-def run_folder(out, method, seed):
-    """The folder of one run."""
-    return out / "runs" / f"{slug(method)}-s{seed}"
-
-
-def finished(folder):
-    """Did a run reach its end? A stopped run has a picture too, but fewer steps or iterations."""
-    if not (folder / "curves.png").is_file():  # the last file that a run writes
-        return False
-    settings = _read_json(folder / "settings.json")
-    if "steps" in settings:
-        steps = len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        return steps == settings["steps"]
-    return len(runs.iterates(folder)) == settings["iterations"]
-
-
-def run_method(out, method, seed, start, commands, children):
-    """Play one run and score its models. What is there already is not done again.
-
-    children: set of running processes; Ctrl-C ends them. Returns an error message, or None.
-    """
-    command, after = commands[method]
-    folder = run_folder(out, method, seed)
-    model = run_folder(out, after, seed) / "model" if after else Path(start).resolve()
-    if not finished(folder):
-        if folder.is_dir():
-            _put_aside(folder)
-        script, *words = command.split()
-        error = _call(out, children, script, *words, "--model", model, "--seed", 10 + seed,
-                      "--run", folder.name, "--eval-items", 1, "--device", "cpu")
-        if error:
-            return f"{method}, seed {seed}: {error}"
-    for iterate in runs.iterates(folder):
-        scores = iterate / "scores.json"
-        if not scores.is_file():
-            error = _call(out, children, "evaluate.py", *score_words(iterate, 10 + seed, scores))
-            if error:
-                return f"{method}, seed {seed}: {error}"
-
-
-def score_words(model, seed, path):
-    """The arguments of evaluate.py that score a model and write the figures to a JSON file."""
-    words = ("score", model, "--held-out", HELD_OUT, "--items", ITEMS, "--seed", seed,
-             "--json", path, "--device", "cpu")
-    return [str(word) for word in words]
-
-
-def _put_aside(folder):
-    """Rename the folder of a run that was cut off: it is kept, and its name becomes free."""
-    names = (folder.with_name(f"{folder.name}-cut-{i}") for i in range(1, 1000))
-    folder.rename(next(name for name in names if not name.exists()))
-
-
-def _call(out, children, script, *words):
-    """Run one of the repository's scripts in the folder `out`, on one thread.
-
-    Returns its last line of error, or None if it succeeded.
-    """
-    # A session of its own: otherwise Ctrl-C would make it save half a run as if it were whole.
-    child = subprocess.Popen(
-        [sys.executable, *map(str, (ROOT / script, *words))], cwd=out, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    children.add(child)
-    errors = child.communicate()[1].strip().splitlines()
-    children.discard(child)
-    if child.returncode:
-        return errors[-1] if errors else f"exit {child.returncode}"
-    return None
-
-
-def play_all(out, commands, seeds, jobs):
-    """Play all runs, `jobs` at once, with a progress bar. Raises UserError if any run fails."""
-    rounds = in_rounds(commands, seeds)
-    total, running, children = sum(map(len, rounds)), {}, set()
-    with (tqdm(total=total, unit="run", dynamic_ncols=True) as bar,
-          ThreadPoolExecutor(jobs) as pool):
-
-        def play(job):
-            running[job] = f"{job[0]}, seed {job[1]}"
-            bar.set_postfix_str("; ".join(list(running.values())))
-            try:
-                return run_method(out, *job, START, commands, children)
-            finally:
-                del running[job]
-                bar.update()
-
-        for jobs_of_round in rounds:
-            play_round(pool, play, jobs_of_round, children)
-
-
-def in_rounds(commands, seeds):
-    """Two lists of (method, seed). The second holds those that start from another's model.
-
-    In each list, the long runs come first: then none is left running alone at the end.
-    """
-    methods = sorted(commands, key=_is_short)
-    first = [(m, s) for s in seeds for m in methods if commands[m][1] is None]
-    second = [(m, s) for s in seeds for m in methods if commands[m][1] is not None]
-    return [first, second]
-
-
-def _is_short(method):
-    return "long" not in method
-
-
-def play_round(pool, play, jobs, children):
-    """Play one round to its end. Raises UserError if any run failed; Ctrl-C ends all of them."""
-    try:
-        errors = [error for error in pool.map(play, jobs) if error]
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in list(children):
-            child.kill()
-        raise
-    if errors:
-        raise console.UserError(
-            f"{len(errors)} of {len(jobs)} runs failed: {errors[0]}; "
-            "the finished ones are kept, and the same command continues")
-
-
-# --------------------------------------------------------------------------------------------------
-# Results
-
-class Results:
-    """What was found: the scores of every method, seed and iteration, and the runs' curves.
-
-    start: scores of the start, one a seed. scores: {method: [seed][iteration]}.
-    metrics: {method: [curves of each seed]}. settings: {method: settings of its first run}.
-    after: {method: the method whose model it starts from, or None}.
-    """
-
-    def __init__(self, out, commands, seeds):
-        folders = {m: [run_folder(out, m, s) for s in seeds] for m in commands}
-        self.start = [_read_json(out / f"start-s{s}.json") for s in seeds]
-        self.scores = {m: [_scores(f) for f in fs] for m, fs in folders.items()}
-        self.metrics = {m: [report.read_metrics(f) for f in fs] for m, fs in folders.items()}
-        self.settings = {m: _read_json(fs[0] / "settings.json") for m, fs in folders.items()}
-        self.after = {m: after for m, (_, after) in commands.items()}
-
-    def cost(self, method):
-        """(games, sampled tokens, minutes on one thread) of a run, as a mean over the seeds.
-
-        The run that it starts from is included.
-        """
-        settings, metrics = self.settings[method], self.metrics[method]
-        tokens = sum(sum(m["tokens"]) for m in metrics) / len(metrics)
-        minutes = sum(sum(m["seconds"]) for m in metrics) / 60 / len(metrics)
-        own = (_games(settings), tokens, minutes)
-        after = self.after[method]
-        return tuple(a + b for a, b in zip(own, self.cost(after))) if after else own
-
-    def items(self, method, key, iterate=-1):
-        """[seeds, items]: the share of right answers to each item. method None is the start.
-
-        key: "sampled", "greedy", "pass@8", or "longer" (chains longer than any in training).
-        """
-        rows = self.start if method is None else [seed[iterate] for seed in self.scores[method]]
-        return torch.tensor([row["items"][key] for row in rows])
-
-    def gain(self, method, key="sampled", over=None, iterate=-1, over_iterate=-1):
-        """[mean, low, high]: a method's gain over another, or over the start, in points.
-
-        A point is one of a hundred.
-        """
-        ours, theirs = self.items(method, key, iterate), self.items(over, key, over_iterate)
-        return in_percent(ours - theirs)
-
-    def end(self, method, key):
-        """The mean of a curve's last tenth, over the seeds."""
-        curves = [m[key] for m in self.metrics[method]]
-        return sum(report.tenth(curve, True) for curve in curves) / len(curves)
-
-    def change(self, method, key, over=None):
-        """[mean, low, high] over the seeds: the last tenth of a curve, minus a second figure.
-
-        That is the curve's first tenth or, if `over` is given, the last tenth of that method's.
-        """
-        ours, theirs = self.metrics[method], self.metrics[over or method]
-        differences = [report.tenth(a[key], True) - report.tenth(b[key], bool(over))
-                       for a, b in zip(ours, theirs)]
-        return seeds_and_items(torch.tensor([[d] for d in differences]))
-
-
-def in_percent(x):
-    """[mean, low, high] of x [seeds, items], times a hundred."""
-    return [100 * v for v in seeds_and_items(x)]
-
-
-def _read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _scores(folder):
-    return [_read_json(iterate / "scores.json") for iterate in runs.iterates(folder)]
-
-
-def _games(settings):
-    if "steps" in settings:
-        return settings["steps"] * settings["queries"] * settings["answers"]
-    return settings["iterations"] * settings["pairs"] * (settings["game"] == "spin")
-
-
-# --------------------------------------------------------------------------------------------------
-# The claims. Each function returns (claim, verdict, figures). The figures that decide each verdict
-# were fixed before the runs. Claim 8 is an open question: its verdict is empty.
-
-def claim_1(r):
-    """LSP: a model gets better by playing against itself, without data."""
-    return ("1. Self-play without data improves the start", verdict(r.gain("LSP")),
-            f"LSP {points(r.gain('LSP'))} sampled, {points(r.gain('LSP', 'greedy'))} greedy; "
-            f"LSP-Zero {points(r.gain('LSP-Zero'))} sampled")
-
-
-def claim_2(r):
-    """LSP: it comes close to GRPO, which needs a set of instructions to learn from."""
-    gain = r.gain("LSP", over=GRPO)
-    return ("2. LSP comes within a point of GRPO on data", verdict(gain, 1.0),
-            f"LSP minus GRPO: {points(gain)}; GRPO itself {points(r.gain(GRPO))}")
-
-
-def claim_3(r):
-    """LSP: without the quality reward, the Challenger ends up writing nonsense."""
-    rise, valid = r.gain(EAGER_ZERO), r.change(LONG_ZERO, "valid")
-    return (f"3. LSP-Zero improves, then its queries degenerate (alpha_Ch {EAGER})",
-            all_of(verdict(rise), verdict(negated(valid))),
-            f"it improves by {points(rise)}; in a run three times as long, "
-            f"well-formed queries {share(valid)} from the first tenth to the last, "
-            f"groups with spread {share(r.change(LONG_ZERO, 'spread'))}, "
-            f"at the end {points(r.gain(LONG_ZERO))}")
-
-
-def claim_4a(r):
-    """LSP: with the quality reward, the queries stay well formed."""
-    valid = r.change(LONG_LSP, "valid", LONG_ZERO)
-    return ("4a. The quality self-reward prevents this in LSP, over a run three times as long",
-            verdict(valid),
-            f"at its end, LSP minus LSP-Zero: well-formed {share(valid)}, "
-            f"spread {share(r.change(LONG_LSP, 'spread', LONG_ZERO))}; LSP's own well-formed "
-            f"queries {share(r.change(LONG_LSP, 'valid'))} from the first tenth to the last")
-
-
-def claim_4b(r):
-    """LSP: with the quality reward, the model ends with more right answers."""
-    gain = r.gain(LONG_LSP, over=LONG_ZERO)
-    return ("4b. At the end of that run, LSP has more right answers than LSP-Zero", verdict(gain),
-            f"LSP minus LSP-Zero: {points(gain)}; LSP ends at {points(r.gain(LONG_LSP))}")
-
-
-def claim_5(r):
-    """LSP: it improves a model that GRPO has already trained on data."""
-    gain, other = r.gain(GRPO_FIRST, over=GRPO), r.gain(LSP_FIRST, over="LSP")
-    return ("5. Self-play after GRPO improves on GRPO alone", verdict(gain),
-            f"{points(gain)}; the other way round, GRPO after LSP {points(other)}")
-
-
-def claim_6a(r):
-    """SPIN: each iteration adds less. The verdict compares the first with the last."""
-    number = len(r.scores["SPIN"][0])
-    gains = [r.gain("SPIN", iterate=0)]
-    gains += [r.gain("SPIN", iterate=i, over="SPIN", over_iterate=i - 1) for i in range(1, number)]
-    first = r.items("SPIN", "sampled", 0) - r.items(None, "sampled")
-    last = r.items("SPIN", "sampled", -1) - r.items("SPIN", "sampled", -2)
-    shrink = in_percent(first - last)
-    return ("6a. SPIN improves, and its gains shrink",
-            all_of(verdict(r.gain("SPIN")), verdict(shrink)),
-            "gain of each iteration " + ", ".join(map(points, gains))
-            + f"; the first minus the last: {points(shrink)}")
-
-
-def claim_6b(r):
-    """SPIN: it improves where further fine-tuning on the same answers does not."""
-    gain = r.gain("SPIN", over=FINE_TUNING)
-    return ("6b. SPIN gets further than more fine-tuning on the same answers", verdict(gain),
-            f"SPIN minus fine-tuning: {points(gain)}; "
-            f"fine-tuning itself {points(r.gain(FINE_TUNING))}")
-
-
-def claim_7(r):
-    """SPIN: it takes several iterations, each against a new opponent."""
-    gain = r.gain("SPIN", over=ONE_LONG)
-    return ("7. Training longer inside iteration 0 does not replace iterations", verdict(gain),
-            f"SPIN minus one long iteration: {points(gain)}")
-
-
-def claim_8(r):
-    """Not in the papers: does the Challenger's pay change how diverse its queries are?"""
-    return ("8. How diverse do the queries stay under each pay? (share of distinct queries in a "
-            "step, and of pieces that two queries have in common, in the last tenth)", "",
-            f"distinct: {by_pay(r, 'distinct')}; in common: {by_pay(r, 'similarity')}")
-
-
-def claim_9(r):
-    """Not in the papers: LSP pays most for the hardest queries, R-Zero for half-right ones."""
-    gain, spice = r.gain("LSP paid r-zero", over="LSP"), r.gain("LSP paid spice", over="LSP")
-    return ("9. Paying for queries at the frontier (r-zero) beats paying for the hardest (minimax)",
-            verdict(gain),
-            f"r-zero minus minimax: {points(gain)}; spice minus minimax: {points(spice)}; "
-            f"groups with spread at the end: {by_pay(r, 'spread')}")
-
-
-def claim_10(r):
+# How much data is it worth?
+
+def instructions(n):
+    """A function seed -> n instructions with their answers. More of them begin with the same."""
+    def rows(seed):
+        rng, found = random.Random(f"instructions {seed}"), {}
+        while len(found) < n:
+            found[language.draw(rng)] = None
+        return [{"question": query, "answer": language.solve(query)} for query in found]
+    return rows
+
+
+ON_DATA = {n: play(f"GRPO on {n}", 500, game="grpo", data=instructions(n))
+           for n in (32, 64, 128, 256, 1024, 4096)}
+
+
+def improves(run):
+    """A claim's function: does a run, sampled, gain over the start?"""
+    return lambda r: (verdict(r.gain(run)), f"sampled {points(r.gain(run))}, greedy "
+                      f"{points(r.gain(run, 'greedy'))}")
+
+
+def beats(run, other, way="sampled", worse_by=0.0):
+    """A claim's function: is a run right more often than another, or at most so much less?"""
+    def judge(r):
+        gain = r.gain(run, way, over=other)
+        return verdict(gain, worse_by), f"{run.name} minus {other.name}, {way}: {points(gain)}"
+    return judge
+
+
+def worth_of(run):
+    """A finding: as how many instructions of data a run is worth, each way."""
+    def judge(r):
+        found = []
+        for title, (way, of) in WAYS.items():
+            q = r._replace(instructions=of)
+            sizes = [n for n, other in ON_DATA.items() if q.has(other)]
+            if len(sizes) < 2:
+                raise Missing("GRPO on two sizes of data")
+            curve = [q.items(ON_DATA[n], way) for n in sizes]
+            found.append(f"{title} {between(*worth(sizes, curve, q.items(run, way)), sizes)}")
+        return "", "; ".join(found)
+    return judge
+
+
+def between(n, low, high, sizes):
+    """A number of instructions with its interval, as text. 0 and inf lie beyond the sizes."""
+    n, low, high = (f"less than {sizes[0]:,}" if x == 0 else f"more than {sizes[-1]:,}"
+                    if x > sizes[-1] else f"{x:,.0f}" for x in (n, low, high))
+    return f"{n} [{low}, {high}]"
+
+
+def on_chains_of_four(r):
     """Not in the papers: does it help with instructions longer than any in training?"""
-    lsp, grpo, spin = (r.gain(method, "longer") for method in ("LSP", GRPO, "SPIN"))
-    return ("10. Self-play also improves chains one operation longer than any in training",
-            verdict(lsp), f"LSP {points(lsp)}, GRPO {points(grpo)}, SPIN {points(spin)}, "
-            f"from {100 * r.items(None, 'longer').mean():.1f} %")
+    gains = [(run, r._replace(instructions=FOUR).gain(run)) for run in (LSP, GRPO)]
+    return verdict(gains[0][1]), ", ".join(f"{run.name} {points(gain)}" for run, gain in gains)
 
 
-CLAIMS = (claim_1, claim_2, claim_3, claim_4a, claim_4b, claim_5, claim_6a, claim_6b, claim_7,
-          claim_8, claim_9, claim_10)
+def worth_panels(r):
+    """Gains over the start by the size of the data; self-play, which has none, is a band."""
+    def panel(title, way, of):
+        q = r._replace(instructions=of)
+        there = {n: run for n, run in ON_DATA.items() if q.has(run)}
+        line = [*there], [q.gain(run, way) for run in there.values()]
+        bands = {run.name: q.gain(run, way) for run in (LSP, ZERO, GRPO) if q.has(run)}
+        return Panel(f"{title}: gain, points", {"GRPO on n": line}, "n, instructions to learn from",
+                     bands, log=True)
+    return [panel(title, *how) for title, how in WAYS.items()]
 
 
-def claims(r):
-    """The verdict on every claim: [(claim, verdict, figures)] of a Results."""
-    return [claim(r) for claim in CLAIMS]
-
-
-def by_pay(r, key):
-    """The end of a curve for each pay of the Challenger, as text. LSP's own pay is minimax."""
-    prefix = "LSP paid "
-    pays = {"LSP": "minimax"}
-    pays |= {m: m.removeprefix(prefix) for m in r.scores if m.startswith(prefix)}
-    return ", ".join(f"{pay} {r.end(m, key):.2f}" for m, pay in pays.items())
-
-
-def points(interval):
-    """[mean, low, high] in points of a hundred, as text."""
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*interval)
-
-
-def share(interval):
-    """[mean, low, high] of a share between 0 and 1, as text."""
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval)
-
-
-def negated(interval):
-    """[mean, low, high] of the same figure with its sign changed."""
-    mean, low, high = interval
-    return [-mean, -high, -low]
+WORTH = Question(
+    "How much data is self-play worth?",
+    "GRPO learns from a fixed set of n instructions, or from endless fresh ones; LSP and LSP-Zero "
+    "learn from none. All play as many games: 500 steps of 32 queries and 16 answers. Each seed "
+    "draws a set of its own. The size at which GRPO's curve reaches LSP says what LSP is worth "
+    "(the curve is made to rise, and read on a logarithmic axis; the interval is a bootstrap over "
+    "seeds and instructions).",
+    [LSP, ZERO, GRPO, *ON_DATA.values()],
+    [("1. LSP improves the start without data", improves(LSP)),
+     ("1b. So does LSP-Zero", improves(ZERO)),
+     ("2. LSP comes within a point of GRPO on endless data", beats(LSP, GRPO, worse_by=1.0)),
+     ("2b. The same, greedy", beats(LSP, GRPO, "greedy", 1.0)),
+     ("LSP is worth so many instructions", worth_of(LSP)),
+     ("LSP-Zero is worth so many", worth_of(ZERO)),
+     ("10. LSP also improves chains one operation longer than any in training",
+      on_chains_of_four)],
+    worth_panels)
 
 
 # --------------------------------------------------------------------------------------------------
-# The table and the picture
+# Does it go on?
 
-def table(r):
-    """A Markdown table: right answers of every method and iteration, win rate, and cost."""
-    heads = ["method", "sampled, %", "gain", "greedy, %", "gain", "pass@8, %", *language.KINDS,
-             "win rate, %", "games", "tokens", "minutes"]
-    rows = [row(r, None, -1, "start")]
-    for method, seeds in r.scores.items():
-        number = len(seeds[0])
-        for i in range(number):
-            name = method + (f", iteration {i}" if number > 1 else "")
-            rows.append(row(r, method, i, name, last=i == number - 1))
-    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
-    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
-
-
-def row(r, method, iterate, name, last=False):
-    """The table's cells for one model. Its cost is shown if it is the last of its run."""
-    sampled, greedy, best = (r.items(method, k, iterate) for k in ("sampled", "greedy", "pass@8"))
-    gains, wins, cost = ["", ""], "50.0", ["", "", ""]
-    if method is not None:
-        gains = [points(r.gain(method, k, iterate=iterate)) for k in ("sampled", "greedy")]
-        # Answers right with shares p and q win with 1/2 + (p - q)/2, if a tie counts as half.
-        wins = level(0.5 + 0.5 * (sampled - r.items(None, "sampled")))
-    if last:
-        games, tokens, minutes = r.cost(method)
-        cost = [f"{games:,.0f}", f"{tokens:,.0f}", f"{minutes:,.1f}"]
-    return [name, level(sampled), gains[0], level(greedy), gains[1], f"{100 * best.mean():.1f}",
-            *by_kind(r, sampled), wins, *cost]
+KEPT = "--keep-every 500"  # models on the way, which are scored, too
+LONG = {500: LSP, 1000: play("LSP, 1,000 steps", 1000),
+        2500: play("LSP, 2,500 steps", 2500, KEPT, seeds=5),
+        5000: play("LSP, 5,000 steps", 5000),
+        10000: play("LSP, 10,000 steps", 10000, seeds=1)}
+LONG_GRPO = {500: GRPO, 1000: play("GRPO, 1,000 steps", 1000, game="grpo"),
+             2500: play("GRPO, 2,500 steps", 2500, KEPT, game="grpo", seeds=5),
+             5000: play("GRPO, 5,000 steps", 5000, game="grpo")}
+RESTARTED = [LSP]  # the result becomes start, judge and reference
+for i in range(2, 6):
+    RESTARTED.append(play(f"LSP, restart {i - 1}", 500, after=RESTARTED[-1]))
+THEN_LSP = play("GRPO, then LSP", 500, after=GRPO)
+THEN_GRPO = play("LSP, then GRPO", 500, game="grpo", after=LSP)
 
 
-def by_kind(r, x):
-    """The mean of x [seeds, items] for each kind of instruction, in percent, as text."""
-    kinds = r.start[0]["kinds"]
-    masks = [torch.tensor([k == kind for k in kinds]) for kind in language.KINDS]
-    return [f"{100 * x[:, mask].mean():.1f}" for mask in masks]
+def goes_on_panels(r):
+    """Gains over the start by steps, and how the longest runs change on the way."""
+    def line(q, runs, way):
+        there = {steps: run for steps, run in runs.items() if q.has(run)}
+        return [*there], [q.gain(run, way) for run in there.values()]
+    panels, restarts = [], {500 * (i + 1): run for i, run in enumerate(RESTARTED)}
+    for title, (way, of) in WAYS.items():
+        q = r._replace(instructions=of)
+        lines = {"LSP": LONG, "GRPO on endless data": LONG_GRPO, "LSP, restarted": restarts}
+        panels.append(Panel(f"{title}: gain, points",
+                            {k: line(q, v, way) for k, v in lines.items()}, "steps", log=True))
+    return [*panels, *(way_panel(r, way) for way in ("sampled", "greedy", "pass@8")),
+            *curve_panels(r, [LONG[2500], LONG[5000], LONG[10000]],
+                          ("reward", "valid", "spread", "agreement", "similarity"))]
 
 
-def level(x):
-    """Mean and interval of x [seeds, items] in percent, as text."""
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*in_percent(x))
+def way_panel(r, way):
+    """The gains on the way through 2,500 steps, of the models that were kept."""
+    lines = {}
+    for run in filter(r.has, (LONG[2500], LONG_GRPO[2500])):
+        first = r.results(run)[0]
+        names = [model["name"] for model in first["models"]]  # step-500, .., model
+        last = re.search(r"--steps (\d+)", first["command"])[1]
+        steps = [int(name.partition("-")[2] or last) for name in names]
+        lines[run.name] = steps, [r.gain(run, way, model=i) for i in range(len(names))]
+    return Panel(f"on the way, {way}: gain, points", lines, "step")
 
 
-def picture(r, path):
-    """Draw three panels: gains of all methods, SPIN by iteration, spread over the steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained",
-                                width_ratios=[1.5, 1, 1.2])
-    for draw, axis in zip((gains_panel, spin_panel, spread_panel), axes):
-        draw(r, axis)
-        axis.grid(alpha=0.25)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def curve_panels(r, runs, keys=("reward", "valid", "spread", "agreement")):
+    """Panels of curves over the tenths of the steps."""
+    titles = {"reward": "mean reward", "valid": "well-formed queries", "spread":
+              "groups with spread", "agreement": "judge prefers the right answer",
+              "similarity": "what queries have in common"}
+    tenths, panels = [i + 0.5 for i in range(trials.TENTHS)], []
+    for key in keys:
+        lines = {}
+        for run in runs:
+            try:
+                lines[run.name] = tenths, [[x, x, x] for x in r.curve(run, key)]
+            except Missing:
+                continue
+        panels.append(Panel(titles[key], lines, "tenth of the steps"))
+    return panels
 
 
-def gains_panel(r, axis):
-    """The gain of every method over the start, sampled and greedy, with intervals."""
-    names = list(reversed(r.scores))
-    for key, shift, color in (("sampled", 0.17, "C0"), ("greedy", -0.17, "C1")):
-        mean, errors = bars([r.gain(m, key) for m in names])
-        axis.barh([i + shift for i in range(len(names))], mean, 0.32, xerr=errors, color=color,
-                  label=key, ecolor="0.4")
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set_title("gain in right answers, points", fontsize=10)
-    axis.legend(fontsize=8)
+GOES_ON = Question(
+    "Does it go on?",
+    "The same games, with the schedule stretched to more steps. Runs of 2,500 steps are scored on "
+    "the way, too, where their rate has not fallen to 0 yet. Restarted: the result of 500 steps "
+    "becomes the start, the judge and the reference of the next 500.",
+    [*LONG.values(), *LONG_GRPO.values(), *RESTARTED[1:], THEN_LSP, THEN_GRPO],
+    [("LSP goes on from 500 to 2,500 steps, sampled", beats(LONG[2500], LSP)),
+     ("The same, greedy", beats(LONG[2500], LSP, "greedy")),
+     ("LSP goes on from 2,500 to 5,000 steps, sampled", beats(LONG[5000], LONG[2500])),
+     ("The same, greedy", beats(LONG[5000], LONG[2500], "greedy")),
+     ("At 2,500 steps LSP is within a point of GRPO on endless data, sampled",
+      beats(LONG[2500], LONG_GRPO[2500], worse_by=1.0)),
+     ("Five starts of 500 steps get further than one of 2,500, greedy",
+      beats(RESTARTED[-1], LONG[2500], "greedy")),
+     ("5. Self-play after GRPO improves on GRPO alone", beats(THEN_LSP, GRPO))],
+    goes_on_panels, {"reward": "reward", "valid": "well-formed", "spread": "spread",
+                     "agreement": "judge right", "distinct": "distinct"})
 
 
-def spin_panel(r, axis):
-    """The gain of SPIN and of fine-tuning after each iteration, and of one long iteration."""
-    for i, method in enumerate(("SPIN", FINE_TUNING)):
-        number = len(r.scores[method][0])
-        mean, errors = bars([[0.0, 0.0, 0.0]] + [r.gain(method, iterate=t) for t in range(number)])
-        places = [t + 0.05 * i for t in range(number + 1)]  # shifted, so that the bars stand apart
-        axis.errorbar(places, mean, errors, marker="o", capsize=3, label=method)
-    mean, errors = bars([r.gain(ONE_LONG)])
-    axis.errorbar([number + 0.1], mean, errors, marker="s", capsize=3, label="one long iteration")
-    ticks = ["start", *(f"iteration {t}" for t in range(number))]
-    axis.set_xticks(range(number + 1), ticks, fontsize=7)
-    axis.set_title("SPIN, gain sampled, points", fontsize=10)
-    axis.legend(fontsize=8)
+# --------------------------------------------------------------------------------------------------
+# Is it learning, or sharpening?
+
+PAID = {pay: play(f"LSP paid {pay}", 500, f"--pay {pay}")
+        for pay in ("r-zero", "absolute-zero", "sqlm", "spice")}
+BOTH = "--answers 32 --kl 0 --pay r-zero"
+VARIANTS = [
+    LSP, ZERO, *PAID.values(),
+    play("LSP, 32 answers", 500, "--answers 32"), play("LSP, 64 queries", 500, "--queries 64"),
+    play("LSP, no KL", 500, "--kl 0"), play("LSP, KL 0.02", 500, "--kl 0.02"),
+    play("LSP, temperature 1.2", 500, "--temperature 1.2"),
+    play("LSP, rate 3e-4", 500, "--lr 3e-4"),
+    play("LSP, divided by the deviation", 500, "--advantage std"),
+    play("LSP, mean over tokens", 500, "--aggregate mean"),
+    play("LSP, 32 answers, no KL, paid r-zero", 500, BOTH)]
+LONGER = [LONG[2500], play("LSP, 32 answers, no KL, paid r-zero, 2,500 steps", 2500, BOTH)]
 
 
-def spread_panel(r, axis):
-    """The share of groups with spread by step, a smoothed mean over the seeds."""
-    for method, metrics in r.metrics.items():
-        if "spread" in metrics[0] and "then" not in method:
-            curve = [sum(column) / len(column) for column in zip(*(m["spread"] for m in metrics))]
-            axis.plot(report.smooth(curve, 15), label=method)
-    axis.set_title("groups with spread, by step", fontsize=10)
-    axis.legend(fontsize=7)
+def best(r, runs):
+    """The run with the best greedy gain on the drawing that serves to choose. Raises Missing."""
+    there = [run for run in runs if r.has(run)]
+    if not there:
+        raise Missing("all variants")
+    return max(there, key=lambda run: r._replace(instructions=CHOSEN_BY).gain(run, "greedy")[0])
 
 
-def bars(intervals):
-    """Intervals [mean, low, high] as matplotlib draws them: means, and [below, above] the mean."""
-    x = torch.tensor(intervals).numpy()
-    return x[:, 0], [x[:, 0] - x[:, 1], x[:, 2] - x[:, 0]]
+def moves_greedy(runs, by):
+    """A claim's function: does the best of some runs gain so many points greedy?"""
+    def judge(r):
+        run = best(r, runs)
+        gain, count = r.gain(run, "greedy"), sum(map(r.has, runs))
+        return (verdict(gain, -by), f"the best of {count} by {CHOSEN_BY} is {run.name}: "
+                f"{points(gain)} in {r.minutes(run):.1f} minutes of one thread")
+    return judge
+
+
+def learning_panels(r):
+    """The frontier: greedy gains against minutes, and the gains of all variants by name."""
+    runs = [run for run in VARIANTS + LONGER if r.has(run)]
+    dots = {run.name: ([r.minutes(run)], [r.gain(run, "greedy")]) for run in runs}
+    return [Panel("greedy gain, points", dots, "minutes of one thread", log=True),
+            gains_panel(r, runs, ("sampled", "greedy", "pass@8"))]
+
+
+def gains_panel(r, runs, ways=("sampled", "greedy")):
+    """The gains of runs over the start, by name."""
+    runs = [run for run in runs if r.has(run)]
+    gains = {way: (range(len(runs)), [r.gain(run, way) for run in runs]) for way in ways}
+    return Panel("gain over the start, points", gains, names=[run.name for run in runs])
+
+
+LEARNING = Question(
+    "Is it learning, or sharpening?",
+    "A model that is only surer of its answers gains sampled, not greedy, and pass@8 falls. Each "
+    f"variant changes one thing of LSP. The best is chosen by its greedy gain on {CHOSEN_BY} "
+    f"(2,000 instructions); all figures below are of {REPORTED}.",
+    VARIANTS + LONGER,
+    [("LSP gains greedy in 500 steps", lambda r: (
+        verdict(r.gain(LSP, "greedy")), points(r.gain(LSP, "greedy")))),
+     ("A variant of 500 steps gains four points greedy", moves_greedy(VARIANTS, 4.0)),
+     ("A variant gains eight points greedy", moves_greedy(VARIANTS + LONGER, 8.0)),
+     ("LSP gains in pass@8, too", lambda r: (
+         verdict(r.gain(LSP, "pass@8")), points(r.gain(LSP, "pass@8"))))],
+    learning_panels, {"entropy_solver": "entropy", "kl_solver": "KL"}, (REPORTED, CHOSEN_BY))
+
+
+# --------------------------------------------------------------------------------------------------
+# What does the self-reward do?
+
+EAGER = "--alpha-ch 0.03"  # large enough for LSP and LSP-Zero to drift apart in 900 steps
+WEIGHTS = {  # whom the quality self-reward is given to, with which weight
+    "quality 0.25": "--quality 0.25", "quality 4": "--quality 4",
+    "Solver's quality alone": "--quality-challenger 0",
+    "Challenger's quality alone": "--quality 0 --quality-challenger 1"}
+WEIGHED = {name: play(f"LSP, {name}", 500, flags) for name, flags in WEIGHTS.items()}
+EAGER_ZERO = play("LSP-Zero, eager", 900, EAGER, game="lsp-zero")
+EAGER_LSP = play("LSP, eager", 900, EAGER)
+EAGER_WEIGHED = {name: play(f"LSP, eager, {name}", 900, f"{EAGER} {flags}")
+                 for name, flags in WEIGHTS.items()}
+ALONE = EAGER_WEIGHED["Challenger's quality alone"]
+
+
+def degenerates(r):
+    """LSP: without the quality reward, the Challenger ends up writing nonsense."""
+    rise, valid = r.gain(EAGER_ZERO), r.end(EAGER_ZERO, "valid", over=EAGER_ZERO, then=0)
+    return (all_of(verdict(rise), verdict(negated(valid))),
+            f"it gains {points(rise)}; well-formed queries {share(valid)} from the first tenth to "
+            "the last")
+
+
+def ends_higher(run, other, key):
+    """A claim's function: is a run's figure higher than another's, in the last tenth?"""
+    def judge(r):
+        more = r.end(run, key, over=other)
+        return verdict(more), f"{run.name} minus {other.name}: {share(more)}"
+    return judge
+
+
+SELF_REWARD = Question(
+    "What does the self-reward do?",
+    "The quality self-reward R_Q with weight 0 (LSP-Zero), 0.25, 1 (LSP) and 4, and given to one "
+    "player alone. Once as usual, and once with an eager Challenger (alpha_Ch 0.03) for 900 steps, "
+    "in which LSP-Zero's queries lose their form.",
+    [ZERO, LSP, *WEIGHED.values(), EAGER_ZERO, EAGER_LSP, *EAGER_WEIGHED.values()],
+    [("3. LSP-Zero improves, then its queries degenerate (eager)", degenerates),
+     ("4a. The self-reward prevents this: more well-formed queries at the end",
+      ends_higher(EAGER_LSP, EAGER_ZERO, "valid")),
+     ("4b. At the end LSP has more right answers than LSP-Zero", beats(EAGER_LSP, EAGER_ZERO)),
+     ("4c. Given to the Challenger alone, it keeps queries well formed, too",
+      ends_higher(ALONE, EAGER_ZERO, "valid")),
+     ("4d. Given to the Challenger alone, the model is right more often than with both",
+      beats(ALONE, EAGER_LSP))],
+    lambda r: [gains_panel(r, SELF_REWARD.runs),
+               *curve_panels(r, SELF_REWARD.runs[-6:], ("valid", "reward", "spread"))],
+    {"valid": "well-formed", "reward": "reward", "spread": "spread", "agreement": "judge right"})
+
+
+# --------------------------------------------------------------------------------------------------
+# Does it matter how the Challenger is paid?
+
+RANDOM = play("LSP, random Challenger", 500, "--alpha-ch 0")
+EAGER_500 = play("LSP, eager, 500 steps", 500, EAGER)
+EAGER_PAID = {pay: play(f"LSP paid {pay}, eager", 500, f"{EAGER} --pay {pay}") for pay in PAID}
+
+
+def how_diverse(r):
+    """Not in the papers: does the Challenger's pay change how alike its queries are?"""
+    runs = [run for run in PAYS.runs if r.has(run)]
+    return "", ", ".join(f"{run.name} {r.curve(run, 'similarity')[-1]:.2f}" for run in runs)
+
+
+PAYS = Question(
+    "Does it matter how the Challenger is paid?",
+    "Five pays of five papers, and a Challenger that does not learn. LSP pays most for the "
+    "hardest queries (minimax), the others for those that are answered right now and then. Once "
+    "with the usual alpha_Ch of 0.005, and once with an eager Challenger (0.03).",
+    [RANDOM, LSP, *PAID.values(), EAGER_500, *EAGER_PAID.values()],
+    [("9. Paying for queries at the frontier (r-zero) beats paying for the hardest (minimax)",
+      beats(PAID["r-zero"], LSP)),
+     ("9b. The same with an eager Challenger", beats(EAGER_PAID["r-zero"], EAGER_500)),
+     ("9c. A Challenger that learns beats a random one", beats(LSP, RANDOM)),
+     ("9d. The same with an eager Challenger, paid r-zero", beats(EAGER_PAID["r-zero"], RANDOM)),
+     ("8. Share of pieces that two queries of a step have in common, in the last tenth",
+      how_diverse)],
+    lambda r: [gains_panel(r, PAYS.runs),
+               *curve_panels(r, [RANDOM, EAGER_500, *EAGER_PAID.values()],
+                             ("reward", "valid", "spread", "similarity"))],
+    {"reward": "reward", "valid": "well-formed", "spread": "spread", "distinct": "distinct"})
+
+
+# --------------------------------------------------------------------------------------------------
+# SPIN where its paper stood
+
+PAIRS = 5000
+
+
+def own_answers(seed):
+    """The very answers that the start was fine-tuned on, some of them careless. For any seed."""
+    solver = [(messages, reply) for part, messages, reply in language.fine_tuning_set(8 * PAIRS)
+              if part == "solver"][:4 * PAIRS]
+    return [{"question": messages[0]["content"], "answer": reply} for messages, reply in solver]
+
+
+def spin_runs(suffix, **data):
+    """(SPIN, more fine-tuning, SPIN in one long iteration) on some answers."""
+    return (Run(f"SPIN{suffix}", f"spin.py --pairs {PAIRS}", **data),
+            Run(f"more fine-tuning{suffix}", f"spin.py --game sft --pairs {PAIRS}", **data),
+            Run(f"SPIN{suffix}, one long iteration",
+                f"spin.py --pairs {PAIRS} --iterations 1 --epochs 14", **data))
+
+
+SPIN, FINE_TUNING, ONE_LONG = spin_runs("")
+OWN_SPIN, OWN_FINE_TUNING, OWN_LONG = spin_runs(" on its own data", data=own_answers)
+SIX_EPOCHS = Run("more fine-tuning on its own data, six epochs",
+                 f"spin.py --game sft --pairs {4 * PAIRS} --iterations 1 --epochs 6",
+                 data=own_answers)
+
+
+def shrinks(run):
+    """A claim's function. SPIN: each iteration adds less. The first is compared with the last."""
+    def judge(r):
+        seeds, number = r.seeds(run, AT_START), len(r.results(run)[0]["models"])
+        levels = [r.items(AT_START, seeds=seeds)]
+        levels += [r.items(run, seeds=seeds, model=t) for t in range(number)]
+        steps = [after - before for before, after in zip(levels, levels[1:])]
+        shrink = r.percent(steps[0] - steps[-1])
+        return (all_of(verdict(r.gain(run)), verdict(shrink)), "gain of each iteration "
+                + ", ".join(points(r.percent(step)) for step in steps)
+                + f"; the first minus the last: {points(shrink)}")
+    return judge
+
+
+def spin_panels(r):
+    """Gains over the start after each iteration, on right answers and on its own data."""
+    def panel(title, runs, way):
+        lines = {}
+        for run in filter(r.has, runs):
+            number = len(r.results(run)[0]["models"])
+            gains = [r.gain(run, way, model=t) for t in range(number)]
+            lines[run.name] = range(number + 1), [[0.0, 0.0, 0.0], *gains]
+        return Panel(f"{title}, {way}: gain, points", lines, "iterations")
+    own = (OWN_SPIN, OWN_FINE_TUNING, OWN_LONG, SIX_EPOCHS)
+    return [panel(title, runs, way) for way in ("sampled", "greedy") for title, runs in (
+        ("right answers", (SPIN, FINE_TUNING, ONE_LONG)), ("its own data", own))]
+
+
+SPIN_PAPER = Question(
+    "Does SPIN go past fine-tuning where its paper stood?",
+    "The paper's start was fine-tuned on the very answers that SPIN then used, and some of those "
+    "are poor. So SPIN and more fine-tuning are played twice: on answers that are all right, and "
+    f"on the start's own fine-tuning data, of which {100 * language.CARELESS:.0f} % are careless.",
+    [SPIN, FINE_TUNING, ONE_LONG, OWN_SPIN, OWN_FINE_TUNING, OWN_LONG, SIX_EPOCHS],
+    [("6a. SPIN improves, and its gains shrink", shrinks(SPIN)),
+     ("6b. SPIN gets further than more fine-tuning", beats(SPIN, FINE_TUNING)),
+     ("6c. On its own data SPIN improves, and its gains shrink", shrinks(OWN_SPIN)),
+     ("6d. On its own data SPIN gets further than more fine-tuning",
+      beats(OWN_SPIN, OWN_FINE_TUNING)),
+     ("6e. On its own data SPIN gets further than six epochs of fine-tuning",
+      beats(OWN_SPIN, SIX_EPOCHS)),
+     ("7. Training longer inside iteration 0 does not replace iterations", beats(SPIN, ONE_LONG)),
+     ("7b. The same on its own data", beats(OWN_SPIN, OWN_LONG))],
+    spin_panels)
+
+QUESTIONS = {"worth": WORTH, "goes-on": GOES_ON, "learning": LEARNING,
+             "self-reward": SELF_REWARD, "pays": PAYS, "spin": SPIN_PAPER}
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
 
-def parse_args(argv=None):
-    """The command's settings. --quick changes the defaults of the others."""
-    parser = argparse.ArgumentParser(
-        description="Play all games of both papers on the embedded default, and judge the claims.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    whole = console.positive(int)
-    parser.add_argument("--seeds", type=whole, default=3, help="runs of each method")
-    parser.add_argument("--steps", type=whole, default=300,
-                        help="steps of each run of LSP and GRPO; SPIN's pairs in an iteration are "
-                             "in proportion, 5000 for 300")
-    parser.add_argument("--quick", action="store_true",
-                        help="one seed, 40 steps and --out claims-quick, unless given: everything "
-                             "in a few minutes, but too little to judge any claim by")
-    parser.add_argument("--out", default="claims",
-                        help="folder for all runs; finished ones are kept, and the same command "
-                             "continues")
-    parser.add_argument("--jobs", type=whole, default=os.cpu_count(),
-                        help="runs at once, one thread each")
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(seeds=1, steps=40, out="claims-quick")
-    return parser.parse_args(argv)
+def wanted_of(question, args):
+    """{Run: how many seeds of it are wanted}. Of the start, as many as of any."""
+    wanted = {run: 1 if args.quick else args.seeds or run.seeds for run in question.runs}
+    return {AT_START: max(wanted.values())} | wanted
 
 
-def open_folder(name, commands):
-    """Make the folder of all runs, or open it if its runs have the same settings. Returns its path.
+def quicker(run):
+    """The same run for --quick."""
+    command = re.sub(r"--(steps|pairs|keep-every) (\d+)",
+                     lambda m: f"--{m[1]} {max(10, int(m[2]) // QUICKER)}", run.command)
+    return run._replace(command=command, after=run.after and quicker(run.after))
 
-    Raises UserError.
+
+def rough_minutes(run, found):
+    """About how long a run takes on one thread: as another seed of it did, else a guess."""
+    known = [result["minutes"] for (slug, _), result in found.items()
+             if slug == run.slug and result["command"] == run.command and "minutes" in result]
+    if known or not run.command:
+        return (known or [0])[0]
+    flags = dict(re.findall(r"--([\w-]+) (\S+)", run.command))
+    if "pairs" in flags:
+        return int(flags["pairs"]) / PAIRS * (int(flags.get("iterations", 4))
+                                              * int(flags.get("epochs", 2)) / 8) * 3
+    seconds = {"lsp": 0.55, "lsp-zero": 0.5, "grpo": 0.36}[flags["game"]]  # a step of 32 x 16
+    games = int(flags.get("queries", 32)) * (8 + int(flags.get("answers", 16)) / 2) / 512
+    return int(flags["steps"]) * seconds * games / 60
+
+
+def trials_of(question, args):
+    """[(Run, seed)]: the first seed of every run, then the second, .. In each the longest first."""
+    runs = sorted(question.runs, key=lambda run: -rough_minutes(run, {}))
+    wanted = wanted_of(question, args)
+    return [(quicker(run) if args.quick else run, trials.FIRST_SEED + s)
+            for s in range(wanted[AT_START]) for run in (AT_START, *runs) if s < wanted[run]]
+
+
+def cost(queue, wanted, quick):
+    """(trials without a result, about how many minutes of one thread they take)."""
+    missing = [(run, seed) for run, seed in wanted if not queue.is_done(run, seed)]
+    models = sum(4 if run.command.startswith("spin") else 5 if KEPT in run.command else 1
+                 for run, _ in missing)
+    asking = models * (0.3 if quick else 0.7)  # minutes for the scores of a model
+    return missing, asking + sum(rough_minutes(run, queue.found) for run, _ in missing)
+
+
+def open_folder(name):
+    """The folder of all runs, made if it is not there. Raises UserError.
+
+    It belongs to one start: runs of another one are refused.
     """
     out = Path(name).resolve()
     try:
@@ -594,43 +505,92 @@ def open_folder(name, commands):
     except OSError as error:
         raise console.UserError(
             f"--out {name}: cannot be made a folder ({error.strerror})") from None
-    weights = hashlib.sha256((START / "model.safetensors").read_bytes()).hexdigest()[:16]
-    settings = {"commands": {m: list(c) for m, c in commands.items()},
-                "held_out": HELD_OUT, "items": ITEMS, "weights": weights}
-    path = out / "settings.json"
-    if path.is_file() and _read_json(path) != settings:
-        raise console.UserError(
-            f"{out} holds runs of other settings or another start: choose another --out")
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    mark, weights = out / "start.txt", trials.start_weights()
+    if mark.is_file() and mark.read_text(encoding="utf-8").strip() != weights:
+        raise console.UserError(f"{out} holds runs of another start: choose another --out")
+    mark.write_text(weights + "\n", encoding="utf-8")
     return out
 
 
-def score_start(out, seeds):
-    """Score the start once for each seed, as sampled answers vary with the seed."""
-    for s in seeds:
-        path = out / f"start-s{s}.json"
-        if not path.is_file():
-            evaluate.main(score_words(START, 1000 + s, path))
+def write_up(name, question, results, args):
+    """Write the page and the picture of a question from the results there are."""
+    r = Results(trials.read_results(results), REPORTED)
+    if not r.has(AT_START):
+        raise console.UserError(f"{results}: no results of the start yet; leave --draw out")
+    pages.draw(results / f"{name}.png", question.title, question.panels(r))
+    path = results / f"{name}.md"
+    text = pages.page(name, question, r, wanted_of(question, args), QUICK if args.quick else "")
+    path.write_text(text, encoding="utf-8")
+    print(text)
+    print(f"the same in {path}")
 
 
-def write_up(r, out):
-    """Write claims.md and claims.png, and print the text."""
-    picture(r, out / "claims.png")
-    lines = [f"- **{claim}: {said}.** {figures}." if said else f"- **{claim}** {figures}."
-             for claim, said, figures in claims(r)]
-    text = "\n".join([table(r), "", *lines, ""])
-    (out / "claims.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\nthe same in {out / 'claims.md'}, as a picture in {out / 'claims.png'}")
+def parse_args(argv=None):
+    """The command's settings. --quick changes the defaults of the folders."""
+    parser = argparse.ArgumentParser(
+        prog="claims.py", description="Play what a question about the papers' claims needs, and "
+        "write its page.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False)
+    whole = console.positive(int)
+    parser.add_argument("name", nargs="?", choices=list(QUESTIONS), metavar="NAME",
+                        help=f"one of {', '.join(QUESTIONS)}; without it they are listed")
+    parser.add_argument("--seeds", type=whole, default=argparse.SUPPRESS,
+                        help="seeds of each run (default: as declared, mostly 3)")
+    parser.add_argument("--quick", action="store_true",
+                        help=f"one seed, a {QUICKER}th of the steps and 500 instructions, into "
+                             "claims-quick: it shows the shape, and decides nothing")
+    parser.add_argument("--draw", action="store_true",
+                        help="play nothing: write the page from the results there are")
+    parser.add_argument("--jobs", type=whole, default=os.cpu_count(),
+                        help="runs at once, one thread each")
+    parser.add_argument("--out", default="claims",
+                        help="folder for all runs; the same command continues (--quick: "
+                             "claims-quick)")
+    parser.add_argument("--results", default=str(Path("docs") / "results"),
+                        help="folder for results and pages, below the project's (--quick: "
+                             "claims-quick/results)")
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(out="claims-quick", results=str(Path("claims-quick") / "results"))
+    args = parser.parse_args(argv)
+    args.seeds = getattr(args, "seeds", None)
+    return args
+
+
+def listed(args, results):
+    """What the questions cost, each alone and all together, as text. Raises UserError."""
+    lines, every = [], {}
+    for name, question in QUESTIONS.items():
+        queue, wanted = trials.Queue(args.out, results, name, {}), trials_of(question, args)
+        every |= {(run.slug, seed): (run, seed) for run, seed in wanted}
+        lines += [f"{name:<12} {question.title}", f"{'':12} {costs(queue, wanted, args)}"]
+    return "\n".join([*lines, f"{'all':<12} {costs(queue, every.values(), args)}"])
+
+
+def costs(queue, wanted, args):
+    """What `cost` says, as text."""
+    missing, minutes = cost(queue, wanted, args.quick)
+    return (f"{len(wanted)} runs, {len(missing)} of them to be played: about {minutes:,.0f} "
+            "minutes of one thread")
 
 
 def main(argv=None):
-    """Play what is missing, then write the table, the verdicts and the picture."""
+    """Play what is missing for a question, and write its page; without a name, list them all."""
     args = parse_args(argv)
-    seeds, commands = range(args.seeds), method_commands(args.steps)
-    out = open_folder(args.out, commands)
-    score_start(out, seeds)
-    play_all(out, commands, seeds, args.jobs)
-    write_up(Results(out, commands, seeds), out)
+    results = Path(args.results)
+    if not args.quick:
+        results = ROOT / results  # an absolute one stays as it is
+    if args.name is None:
+        return print(listed(args, results))
+    question = QUESTIONS[args.name]
+    if not args.draw:
+        sets = {name: SETS[name] for name in question.sets}
+        if args.quick:
+            sets = {name: re.sub(r"--items \d+", "--items 500", sets[name]) for name in sets}
+        queue = trials.Queue(open_folder(args.out), results, args.name, sets)
+        wanted = trials_of(question, args)
+        print(f"{question.title}\n{costs(queue, wanted, args)}, {args.jobs} at once", flush=True)
+        queue.play_all(wanted, args.jobs)
+    write_up(args.name, question, results, args)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def selfplay_lesson(flags):
     rows, answers, challenger, solver = selfplay.play(game, args)
     queries = [row.query for row in rows]
     reward, quality = selfplay.score(game, rows, answers)
-    quality *= args.quality
     paid = selfplay.pay_of(game, args, queries, reward, quality)
+    quality *= args.quality
     a_sol, a_ch = selfplay.advantages(reward + quality, paid, args.advantage)
     learners = [learner(game, args, "solver", solver, a_sol, args.kl, 1.0)]
     if challenger:  # grpo has none

@@ -100,14 +100,16 @@ def model_folder(name):
 
 
 def iterates(folder):
-    """The models of a run in order: SPIN's whole iterates, or the one model of another game."""
-    folder = Path(folder)
-    if (folder / "model" / "model.safetensors").is_file():
-        return [folder / "model"]
-    found = [path for path in folder.glob("iteration-*")
-             if path.name.removeprefix("iteration-").isdigit()
+    """The models of a run in order, the last one at the end.
+
+    They are SPIN's whole iterates, or those that --keep-every kept and model/ of another game.
+    """
+    folder, last = Path(folder), Path(folder) / "model"
+    is_whole = (last / "model.safetensors").is_file()
+    kind = "step-" if is_whole else "iteration-"
+    found = [path for path in folder.glob(f"{kind}*") if path.name.removeprefix(kind).isdigit()
              and (path / "model.safetensors").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("iteration-")))
+    return sorted(found, key=lambda path: int(path.name.removeprefix(kind))) + [last] * is_whole
 
 
 def check_name(name):

@@ -1,244 +1,454 @@
-"""The comparison: intervals by hand, command lines, resuming, and verdicts on made-up results."""
+"""The claims: declared runs, their queue and results by a pretended game, pages from made-up ones.
+"""
 import json
 import math
+import re
 import subprocess
 
 import pytest
 import torch
+from conftest import ROOT, command
 
-import evaluate
 import selfplay
 import spin
 from recipes import claims
-from recipes.claims import Results, method_commands, run_method, seeds_and_items, slug, verdict
-from support import console
+from recipes.claims import GRPO, LSP, ON_DATA, QUESTIONS, ZERO, quicker, trials_of
+from support import console, intervals, pages, trials
+from support.trials import AT_START, FOUR, Missing, Queue, Results, Run, counted, packed, unpacked
 from tiny import language
+
+RUNS = list(dict.fromkeys(run for question in QUESTIONS.values() for run in question.runs))
+
+
+# --------------------------------------------------------------------------------------------------
+# Intervals
+
+def test_students_t_as_in_its_table():
+    """Three seeds have two degrees of freedom. The last one is of ten comparisons together."""
+    for df, outside, t in ((1, 0.05, 12.706), (2, 0.05, 4.303), (4, 0.05, 2.776), (9, 0.05, 2.262),
+                           (2, 0.005, 14.089)):
+        assert intervals.student(df, outside) == pytest.approx(t, abs=2e-3)
 
 
 def test_interval_over_seeds_and_items_by_hand():
     """Seeds with means 1, 2, 3: t is 4.303, times 1/sqrt(3). Items: 1.96 times sqrt(2)/sqrt(2)."""
     x = torch.tensor([[0.0, 2.0], [1.0, 3.0], [2.0, 4.0]])
-    mean, low, high = seeds_and_items(x)
+    mean, low, high = intervals.seeds_and_items(x)
     half = math.hypot(4.303 / math.sqrt(3), 1.959964)
     assert mean == pytest.approx(2)
-    assert (low, high) == (pytest.approx(2 - half, abs=1e-4), pytest.approx(2 + half, abs=1e-4))
-    # One seed: the items alone.
-    assert seeds_and_items(x[:1])[2] == pytest.approx(1 + 1.959964, abs=1e-4)
+    assert (low, high) == (pytest.approx(2 - half, abs=1e-3), pytest.approx(2 + half, abs=1e-3))
+    # One seed: the items alone, and of two comparisons together 2.241 deviations.
+    assert intervals.seeds_and_items(x[:1])[2] == pytest.approx(1 + 1.959964, abs=1e-4)
+    assert intervals.seeds_and_items(x[:1], 0.025)[2] == pytest.approx(1 + 2.2414, abs=1e-4)
     # A single number decides nothing.
-    assert verdict(seeds_and_items(torch.tensor([[0.5]]))) == "not decided"
+    assert intervals.verdict(intervals.seeds_and_items(torch.tensor([[0.5]]))) == "not decided"
 
 
-def test_verdict():
-    assert verdict([1, 0.1, 2]) == "yes"
-    assert verdict([-1, -2, -0.1]) == "no"
-    assert verdict([0, -1, 1]) == "not decided"
-    assert verdict([-0.5, -0.9, 0.1], worse_by=1.0) == "yes"
+def test_verdicts():
+    assert intervals.verdict([1, 0.1, 2]) == "yes"
+    assert intervals.verdict([-1, -2, -0.1]) == "no"
+    assert intervals.verdict([0, -1, 1]) == "not decided"
+    assert intervals.verdict([-0.5, -0.9, 0.1], worse_by=1.0) == "yes"
+    assert intervals.all_of("yes", "yes") == "yes"
+    assert intervals.all_of("yes", "not decided") == "not decided"
+    assert intervals.all_of("not decided", "no") == "no"
+    assert intervals.negated([1, -2, 3]) == [-1, -3, 2]
 
 
-def test_verdict_on_a_claim_of_several_parts():
-    assert claims.all_of("yes", "yes") == "yes"
-    assert claims.all_of("yes", "not decided") == "not decided"
-    assert claims.all_of("not decided", "no") == "no"
+def test_a_curve_is_made_to_rise_and_read_by_hand():
+    assert intervals.rising([1, 3, 2, 4]) == [1, 2.5, 2.5, 4]
+    assert intervals.rising([3, 2, 1]) == [2, 2, 2]
+    # Halfway from 4 to 16 on a logarithmic axis is 8.
+    sizes, curve = [1, 4, 16], [0.1, 0.2, 0.4]
+    assert intervals.reached(sizes, curve, 0.3) == pytest.approx(8)
+    assert intervals.reached(sizes, curve, 0.2) == 4
+    assert intervals.reached(sizes, curve, 0.05) == 0 and intervals.reached(sizes, curve, 0.5) > 16
 
 
-def test_every_command_line_is_one_the_games_take():
-    """Only known flags, and as many games a step for every method."""
-    commands = method_commands(30)
-    pays = set()
-    for command, after in commands.values():
-        script, *words = command.split()
-        args = {"selfplay.py": selfplay, "spin.py": spin}[script].parse_args(words)
-        assert after is None or after in commands
-        if script == "selfplay.py":
-            assert (args.queries, args.answers) == (32, 16) and args.steps in (30, 90)
-            pays.add(args.pay)
-    assert pays <= set(selfplay.PAY)
-    assert len({slug(m) for m in commands}) == len(commands)
+def test_worth_in_data_by_hand():
+    """Of two seeds with .2 and .4, a quarter of the drawn pairs are .2 alone, a quarter .4 alone.
 
-
-def test_what_starts_from_another_model_waits_for_it():
-    """All of the first round start from the default, and the long runs are started first."""
-    first, second = claims.in_rounds(method_commands(30), range(2))
-    assert {m for m, _ in second} == {"GRPO, then LSP", "LSP, then GRPO"}
-    assert len(first) + len(second) == len(set(first + second)) == 2 * len(method_commands(30))
-    assert ["long" in m for m, _ in first[:4]] == [True, True, True, False]
+    So the interval goes from 4 to 16, and the mean .3 is worth 8. Where nothing varies, nothing is
+    unsure. With a curve that stays below, a method is worth more than the largest set.
+    """
+    def models(*shares):
+        return torch.tensor([[share] * 5 for share in shares])
+    sizes, by_size = [1, 4, 16], [models(0.1, 0.1), models(0.2, 0.2), models(0.4, 0.4)]
+    assert intervals.worth(sizes, by_size, models(0.3, 0.3)) == pytest.approx([8, 8, 8], rel=1e-4)
+    assert intervals.worth(sizes, by_size, models(0.2, 0.4)) == pytest.approx([8, 4, 16], rel=1e-4)
+    assert intervals.worth(sizes, by_size, models(0.5, 0.5)) == [math.inf] * 3
+    assert claims.between(0.0, 0.0, math.inf, sizes) == "less than 1 [less than 1, more than 16]"
+    assert claims.between(8.1, 4.0, 16.0, sizes) == "8 [4, 16]"
 
 
 # --------------------------------------------------------------------------------------------------
-# Verdicts on made-up results
+# Declared runs
 
-GAINS = {
-    "GRPO on data": 0.10, "LSP-Zero": 0.06, "LSP": 0.10, "GRPO, then LSP": 0.14,
-    "LSP, then GRPO": 0.14, "LSP paid r-zero": 0.15, "LSP-Zero, eager": 0.05,
-    "LSP-Zero, eager, 3 x as long": 0.02, "LSP, eager, 3 x as long": 0.12,
-    "more fine-tuning": 0.04, "SPIN, one long iteration": 0.05,
-}
+def test_every_run_is_one_the_games_take():
+    """Only known flags; a name, and so a file, for each; one start for what follows another run."""
+    for run in RUNS:
+        for one in (run, quicker(run)):
+            script, *words = one.command.split()
+            args = {"selfplay.py": selfplay, "spin.py": spin}[script].parse_args(words)
+        assert getattr(args, "steps", 200) >= 20 and run.after in (None, *RUNS)
+        assert re.fullmatch(r"[a-z0-9.'-]+", run.slug)
+    assert len({run.slug for run in RUNS}) == len(RUNS)
+    commands = [(run.command, run.after, run.data) for run in RUNS]
+    assert len(set(commands)) == len(RUNS), "a run is played twice by two names"
 
 
-def made_up(out, gains, zero_valid=-0.02, spin=(0.03, 0.05, 0.06, 0.065), seeds=2):
-    """Made-up Results: every method gains what `gains` says on every item.
+def test_who_is_compared_in_worth_plays_as_many_games():
+    for run in QUESTIONS["worth"].runs:
+        args = selfplay.parse_args(run.command.split()[1:])
+        assert (args.queries, args.answers, args.steps) == (32, 16, 500)
 
-    zero_valid: how much the validity of LSP-Zero's queries changes in a step.
-    spin: the gain after each iteration of SPIN.
+
+def test_data_of_n_instructions():
+    """Each seed draws a set of its own; a larger set begins with the smaller; nothing held out."""
+    few, more, other = ON_DATA[32].data(10), ON_DATA[64].data(10), ON_DATA[32].data(11)
+    assert len({row["question"] for row in more}) == 64 and more[:32] == few != other
+    assert all(language.solve(row["question"]) == row["answer"] for row in more)
+    assert not any(language.is_held_out(row["question"]) for row in more)
+
+
+def test_the_starts_own_answers_are_careless_in_part(monkeypatch):
+    monkeypatch.setattr(claims, "PAIRS", 100)
+    rows = claims.own_answers(10)
+    right = sum(language.solve(row["question"]) == row["answer"] for row in rows) / len(rows)
+    assert len(rows) == 400 and 0.8 < right < 0.95
+
+
+def test_one_seed_of_everything_comes_first():
+    args = claims.parse_args(["goes-on"])
+    wanted = trials_of(QUESTIONS["goes-on"], args)
+    seeds = [seed for _, seed in wanted]
+    assert seeds == sorted(seeds) and wanted[0] == (AT_START, 10) and max(seeds) == 14
+    assert wanted[1][0].name == "LSP, 10,000 steps"  # the longest is not left for the end
+    assert [seed for run, seed in wanted if run is claims.LONG[2500]] == [10, 11, 12, 13, 14]
+    quick = trials_of(QUESTIONS["goes-on"], claims.parse_args(["goes-on", "--quick"]))
+    assert {seed for _, seed in quick} == {10}
+    assert next(run for run, _ in quick if run.name == LSP.name).command.endswith("--steps 20")
+
+
+# --------------------------------------------------------------------------------------------------
+# Results
+
+def test_what_a_result_keeps_of_each_instruction():
+    """Three instructions with 8 answers each: 8, 2 and 0 right."""
+    items = {"sampled": [1.0, 0.25, 0.0], "greedy": [1.0, 0.0, 0.0], "pass@8": [1.0, 1.0, 0.0]}
+    kept = counted(items, 8)
+    assert (kept["sampled"]["right"], kept["sampled"]["of"]) == (10, 24)
+    assert (kept["greedy"]["right"], kept["greedy"]["of"]) == (1, 3)
+    assert kept["pass@8"] == {"right": 2, "of": 3}
+    assert unpacked(kept["sampled"]["each"]).tolist() == [8, 2, 0]
+    rates = torch.randint(9, (6000,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert len(packed(rates)) < 4000 and unpacked(packed(rates)).tolist() == rates
+
+
+def scores(share, n=200):
+    """The scores of a model that always answers the first share of n instructions rightly."""
+    each = [float(i < round(share * n)) for i in range(n)]
+    one = counted({"sampled": each, "greedy": each}, 8)
+    return {name: one for name in (*claims.SETS, FOUR)}
+
+
+def made_up(folder, gains, runs=RUNS, seeds=(10, 11, 12), valid=()):
+    """Files of made-up results: each run is right in half the cases and what `gains` adds.
+
+    gains: {name: gain, or one for each iteration}; 0.1 for the others. valid: {name: what its
+    well-formed queries change by over a run}.
     """
-    for s in range(seeds):
-        (out / f"start-s{s}.json").write_text(json.dumps(scores(0.5)))
-        luck = 0.002 * (s - (seeds - 1) / 2)
-        for method, (command, _) in method_commands(30).items():
-            folder, is_spin = out / "runs" / f"{slug(method)}-s{s}", command.startswith("spin")
-            for t, gain in enumerate(spin if method == "SPIN" else [gains.get(method, 0.1)]):
-                iterate = folder / (f"iteration-{t}" if is_spin else "model")
-                iterate.mkdir(parents=True)
-                (iterate / "model.safetensors").touch()
-                (iterate / "scores.json").write_text(json.dumps(scores(0.5 + gain + luck)))
-            (folder / "iteration-9-unfinished").mkdir()  # is nobody's iterate
-            slope = zero_valid * (1 + 0.05 * s) if method == "LSP-Zero, eager, 3 x as long" else 0
-            write_curves(folder, is_spin, slope)
-    return Results(out, method_commands(30), range(seeds))
+    for seed in seeds:
+        for run in (AT_START, *runs):
+            own = gains.get(run.name, 0.1 if run.command else 0.0)
+            own = own if isinstance(own, tuple) else (own,)
+            kind = "iteration" if run.command.startswith("spin") else "step"
+            names = [f"{kind}-{i}" for i in range(len(own))]
+            if kind == "step":
+                names[-1] = "model"
+            models = [{"name": name, "scores": scores(0.5 + gain)}
+                      for name, gain in zip(names, own)]
+            slope = dict(valid).get(run.name, 0.0) * (1 + 0.01 * seed)
+            curves = {key: [0.9 + slope * i / 9 for i in range(10)] for key in
+                      ("valid", "reward", "spread", "agreement", "distinct", "similarity",
+                       "entropy_solver", "kl_solver")}
+            played = {"minutes": 2.0, "curves": curves} if run.command else {}
+            trials.write_json(folder / "any" / f"{run.slug}-s{seed}.json", played | {
+                "run": run.name, "seed": seed, "command": run.command, "commit": "abc",
+                "weights": trials.start_weights(), "models": models})
+    return Results(trials.read_results(folder), claims.REPORTED)
 
 
-def scores(share):
-    """The scores of a model that answers every item with this share of right answers."""
-    kinds = [k for k in language.KINDS for _ in range(5)]
-    rates = {"sampled": torch.full((20, 8), share), "greedy": torch.full((20, 1), share)}
-    items = {k: [share] * 20 for k in ("sampled", "greedy", "pass@8", "longer")}
-    summary = evaluate.summary(rates, language.evaluation_set(20))
-    return {"model": "x", "scores": summary, "kinds": kinds, "items": items}
-
-
-def write_curves(folder, is_spin, slope):
-    """A run's metrics and settings, with 30 steps; `slope` is that of the well-formed queries."""
-    if is_spin:
-        rows = [{"step": i + 1, "loss": 0.5, "tokens": 10, "seconds": 0.1} for i in range(30)]
-        settings = {"game": "spin", "iterations": 4, "pairs": 300}
-    else:
-        rows = [{"step": i + 1, "valid": 0.9 + slope * i, "spread": 0.4, "distinct": 0.9,
-                 "similarity": 0.1, "tokens": 100, "seconds": 0.5} for i in range(30)]
-        settings = {"game": "lsp", "steps": 30, "queries": 32, "answers": 8}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "settings.json").write_text(json.dumps(settings))
-
-
-def said(results):
-    """{number of the claim: (verdict, figures)}."""
+def said(question, r):
+    """{a claim's number or first words: (verdict, figures)}."""
     return {claim.split(".")[0]: (verdict, figures)
-            for claim, verdict, figures in claims.claims(results)}
+            for claim, verdict, figures in pages.judged(QUESTIONS[question], r)}
+
+
+def test_gains_are_paired_and_of_the_seeds_that_both_have(tmp_path):
+    made_up(tmp_path, {}, [LSP], seeds=(10, 11))
+    r = made_up(tmp_path, {}, [GRPO], seeds=(11, 12))
+    assert r.seeds(LSP, GRPO) == [11] and r.seeds(LSP) == [10, 11] and r.has(GRPO)
+    assert r.gain(LSP)[0] == pytest.approx(10) and r.gain(LSP, over=GRPO) == [0, 0, 0]
+    # 20 of 200 instructions gain: 1.96 deviations of sqrt(.1 x .9) by sqrt(200)
+    assert r.gain(LSP)[1] == pytest.approx(10 - 100 * 1.96 * math.sqrt(0.09 / 199), abs=0.01)
+    assert r.gain(LSP, "pass@8")[0] == r.gain(LSP, "greedy")[0] == pytest.approx(10)
+    assert r.minutes(LSP) == 2 and r.minutes(LSP._replace(after=GRPO)) == 4
+    with pytest.raises(Missing, match="LSP-Zero"):
+        r.gain(ZERO)
+    with pytest.raises(Missing, match="a seed that all have"):
+        made_up(tmp_path, {}, [ZERO], seeds=(12,)).gain(ZERO, over=LSP)
+
+
+SHRINKING = (0.1, 0.15, 0.17, 0.18)
+HOLD = {"SPIN": SHRINKING, "SPIN on its own data": SHRINKING,
+        "more fine-tuning": 0.05, "more fine-tuning on its own data": 0.05,
+        "more fine-tuning on its own data, six epochs": 0.05,
+        "SPIN, one long iteration": 0.05, "SPIN on its own data, one long iteration": 0.05,
+        "LSP, 2,500 steps": (0.1, 0.2), "LSP, 5,000 steps": 0.3, "LSP, restart 4": 0.3,
+        "GRPO, then LSP": 0.2, "LSP-Zero, eager": 0.05, "LSP paid r-zero": 0.2,
+        "LSP paid r-zero, eager": 0.3, "LSP, random Challenger": 0.02,
+        "LSP, eager, Challenger's quality alone": 0.2, "LSP, 32 answers": 0.15,
+        "GRPO, 2,500 steps": 0.2, "GRPO on 32": 0.05, "GRPO on 64": 0.08}
 
 
 def test_claims_that_hold(tmp_path):
-    found = said(made_up(tmp_path, GAINS))
-    assert {k: v for k, (v, _) in found.items()} == {
-        "1": "yes", "2": "yes", "3": "yes", "4a": "yes", "4b": "yes", "5": "yes",
-        "6a": "yes", "6b": "yes", "7": "yes", "8": "", "9": "yes", "10": "yes"}
-    assert "LSP +10.0" in found["1"][1] and "-0.5" in found["3"][1]
-    assert "r-zero 0.90" in found["8"][1] and "r-zero 0.10" in found["8"][1]
-    assert "minimax 0.90" in found["8"][1]
-    assert "+3.0" in found["6a"][1] and "+2.5" in found["6b"][1]
+    r = made_up(tmp_path, HOLD, valid={"LSP-Zero, eager": -0.3})
+    for name in QUESTIONS:
+        verdicts = [verdict for verdict, _ in said(name, r).values()]
+        assert set(verdicts) <= {"yes", ""}, (name, said(name, r))
+        assert verdicts.count("yes") >= 4
+    assert "-0.3" in said("self-reward", r)["3"][1]
+    assert said("spin", r)["6a"][1].startswith("gain of each iteration +10.0 [")
+    assert "is LSP paid r-zero: +20.0" in said("learning", r)[
+        "A variant of 500 steps gains four points greedy"][1]
+    assert "sampled 128 [" in said("worth", r)["LSP is worth so many instructions"][1]
 
 
 def test_claims_that_fail(tmp_path):
     """Everything falls: no claim may hold."""
-    falling = {m: -g for m, g in GAINS.items()}
-    falling |= {"GRPO on data": 0.1, "more fine-tuning": 0.2, "SPIN, one long iteration": 0.2}
-    found = said(made_up(tmp_path, falling, 0.0, (-0.01, -0.02, -0.02, -0.01)))
-    assert {v for k, (v, _) in found.items() if k not in ("3", "4a", "8")} == {"no"}
-    assert found["3"][0] == "no" and found["4a"][0] in ("no", "not decided")
+    shares = {run.name: -0.1 for run in RUNS} | {"SPIN": (-0.01, -0.05), "LSP, eager": -0.2,
+              "GRPO, then LSP": -0.3, "LSP, 2,500 steps": -0.2, "LSP, 5,000 steps": -0.3,
+              "LSP, restart 4": -0.3, "LSP paid r-zero": -0.3, "LSP paid r-zero, eager": -0.3,
+              "GRPO on endless data": 0.2, "SPIN on its own data": (-0.1, -0.2), "LSP": -0.15,
+              "SPIN, one long iteration": 0.1, "SPIN on its own data, one long iteration": 0.1,
+              "more fine-tuning": 0.1, "LSP, eager, Challenger's quality alone": -0.4}
+    r = made_up(tmp_path, shares, valid={"LSP, eager": -0.3, "LSP-Zero, eager": 0.1,
+                                         "LSP, eager, Challenger's quality alone": -0.3})
+    for name in QUESTIONS:
+        verdicts = {verdict for verdict, _ in said(name, r).values()}
+        assert verdicts <= {"no", "not decided", ""} and "no" in verdicts, (name, said(name, r))
 
 
-def test_a_game_that_only_gets_better_has_not_degenerated(tmp_path):
-    """Its queries stay well formed, and it ends above LSP: that shows neither claim 3 nor 4."""
-    found = said(made_up(tmp_path, GAINS | {"LSP-Zero, eager, 3 x as long": 0.25}, 0.0))
-    assert found["3"][0] != "yes" and found["4a"][0] != "yes" and found["4b"][0] == "no"
+def test_a_verdict_that_many_comparisons_do_not_bear_says_so(tmp_path):
+    """A gain of 2.5 points on 200 instructions is decided alone, and not among seven."""
+    r = made_up(tmp_path, {"LSP": 0.025, "LSP-Zero": 0.025})
+    line = pages.claims(QUESTIONS["worth"], r)[0]
+    assert line.startswith("- **1. LSP improves the start without data: yes.** (of 5 comparisons "
+                           "together: not decided) Sampled +2.5 [")
 
 
-def test_one_seed_decides_nothing_about_curves(tmp_path):
-    found = said(made_up(tmp_path, GAINS, seeds=1))
-    assert found["3"][0] == found["4a"][0] == "not decided" and found["1"][0] == "yes"
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_page_and_its_picture_are_drawn_from_results_alone(name, tmp_path, capsys):
+    """What is missing is shown as missing."""
+    made_up(tmp_path, HOLD, QUESTIONS[name].runs[:-1], valid={"LSP-Zero, eager": -0.3})
+    assert claims.main([name, "--draw", "--results", str(tmp_path)]) is None
+    text = (tmp_path / f"{name}.md").read_text()
+    assert text in capsys.readouterr().out and (tmp_path / f"{name}.png").stat().st_size > 10000
+    last = QUESTIONS[name].runs[-1].name
+    assert f"| {last} | 0 | missing |" in text and "runs are missing.**" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1 and rows[2].startswith("| start | 3 | 50.0")
+    assert text.count("\n- **") == len(QUESTIONS[name].claims)
+    several = {"goes-on": ["| LSP, 2,500 steps, step 0 | 3 | 60", "| LSP, 2,500 steps | 3 | 70"],
+               "spin": [f"| SPIN, iteration {t} | 3 | " for t in range(4)]}
+    assert all(row in text for row in several.get(name, []))
+    assert "quick" not in text and f"    python recipes/claims.py {name}\n" in text
 
 
-def test_table_and_picture(tmp_path):
-    results = made_up(tmp_path, GAINS)
-    table = claims.table(results).splitlines()
-    # Head, line and start; then a row a method, and SPIN's four iterations.
-    assert len(table) == 2 + 1 + len(method_commands(30)) - 1 + 4
-    assert len({line.count("|") for line in table}) == 1
-    lsp, later = (next(line for line in table if line.startswith(f"| {name} |"))
-                  for name in ("LSP", "GRPO, then LSP"))
-    assert "60.0 [" in lsp and "+10.0 [" in lsp
-    assert "55.0 [" in lsp  # the win rate is 1/2 + gain/2
-    assert "| 7,680 | 3,000 | 0.2 |" in lsp
-    assert "| 15,360 | 6,000 | 0.5 |" in later  # with the run that it started from
-    claims.picture(results, tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 10000
+def test_without_any_result_nothing_is_drawn(tmp_path):
+    done = command(claims, tmp_path, "worth", "--draw", "--results", str(tmp_path))
+    assert done.returncode == 2 and "no results of the start yet" in done.stderr
+    (tmp_path / "worth").mkdir()
+    (tmp_path / "worth" / "lsp-s10.json").write_text("{")
+    done = command(claims, tmp_path, "worth", "--draw", "--results", str(tmp_path))
+    assert done.returncode == 2 and "lsp-s10.json: not a result" in done.stderr
 
 
-def test_report_in_words_and_as_a_picture(tmp_path, capsys):
-    """claims.md holds the table and every claim; a question has no verdict."""
-    claims.write_up(made_up(tmp_path, GAINS), tmp_path)
-    text = (tmp_path / "claims.md").read_text()
-    assert text in capsys.readouterr().out and (tmp_path / "claims.png").is_file()
-    assert text.startswith("| method |") and text.count("\n- **") == len(claims.CLAIMS) == 12
-    assert "- **1. Self-play without data improves the start: yes.** LSP +10.0 [" in text
-    assert "in the last tenth)** distinct: minimax 0.90" in text
+def test_a_quick_look_says_that_it_is_one(tmp_path):
+    made_up(tmp_path / "claims-quick" / "results", {}, QUESTIONS["pays"].runs, seeds=(10,))
+    done = command(claims, tmp_path, "pays", "--quick", "--draw")
+    assert done.returncode == 0, done.stderr
+    assert "A quick look (--quick: one seed, a 25th of the steps, 500 instructions). It shows" in (
+        " ".join(done.stdout.split()))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("*.md")),
+                         ids=lambda path: path.stem)
+def test_a_committed_page_is_that_of_the_committed_results(path):
+    """Nobody edits a figure by hand, and no result is forgotten."""
+    question, args = QUESTIONS[path.stem], claims.parse_args([path.stem])
+    r = Results(trials.read_results(path.parent), claims.REPORTED)
+    wanted = claims.wanted_of(question, args)
+    assert path.read_text() == pages.page(path.stem, question, r, wanted)
 
 
 # --------------------------------------------------------------------------------------------------
-# The folder of all runs
+# The queue
 
-def test_quick_changes_the_defaults_alone():
-    args = claims.parse_args(["--quick", "--steps", "7"])
-    assert (args.seeds, args.steps, args.out) == (1, 7, "claims-quick")
-    args = claims.parse_args([])
-    assert (args.seeds, args.steps, args.out) == (3, 300, "claims")
+class Game:
+    """Stands for subprocess.Popen: writes what a run of 20 steps, or evaluate.py score, writes."""
+    calls, fails, stops = [], (), ()
+
+    def __init__(self, words, cwd, **rest):
+        script, *flags = words[1:]
+        self.returncode, self.calls = 0, self.calls
+        if script.endswith("evaluate.py"):
+            self.calls.append("score")
+            each = {"sampled": [1.0, 0.5], "greedy": [1.0, 0.0], "pass@8": [1.0, 1.0]}
+            (cwd / flags[flags.index("--json") + 1]).write_text(
+                json.dumps({"samples": 8, "items": each, "longer": each}))
+            return
+        name = flags[-1] if "--resume" in flags else flags[flags.index("--run") + 1]
+        self.calls.append(f"{name.removeprefix('runs/')}{' resumed' * ('--resume' in flags)}")
+        self.returncode = int(name in self.fails)
+        if not self.returncode:
+            write_run(cwd / "runs" / name.removeprefix("runs/"), 7 if name in self.stops else 20)
+
+    def communicate(self):
+        return "", "something\nerror: no luck\n" * self.returncode
 
 
-def test_folder_of_other_settings_is_refused(tmp_path):
-    out = claims.open_folder(tmp_path / "x", method_commands(30))
-    assert claims.open_folder(out, method_commands(30)) == out
-    with pytest.raises(console.UserError, match="other settings"):
-        claims.open_folder(out, method_commands(31))
+def write_run(folder, steps):
+    """The files of a run of 20 steps that has done some of them, with a picture."""
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "model.safetensors").touch()
+    row = json.dumps({"step": 1, "seconds": 3.0, "tokens": 10, "valid": 0.5})
+    (folder / "metrics.jsonl").write_text(f"{row}\n" * steps)
+    (folder / "settings.json").write_text('{"steps": 20, "model": "/somewhere/of/mine"}')
+    (folder / "curves.png").write_text("")
+
+
+FIRST = Run("First", "selfplay.py --steps 20")
+SECOND = Run("Second, of data", "selfplay.py --game grpo --steps 20", after=FIRST,
+             data=lambda seed: [{"question": "a", "answer": "b"}] * seed)
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """A Queue whose games are pretended."""
+    monkeypatch.setattr(subprocess, "Popen", Game)
+    monkeypatch.setattr(Game, "calls", [])
+    monkeypatch.setattr(trials, "commit", lambda: "abc")  # git is asked by Popen, too
+    return Queue(tmp_path / "out", tmp_path / "results", "worth", {"drawing 3": "--held-out 3"})
+
+
+def again(queue):
+    """The queue of a command that is started again."""
+    return Queue(queue.out, queue.results, queue.name, queue.sets)
+
+
+def test_what_a_run_starts_from_is_played_before_it(queue):
+    """And once, though two runs wait for it."""
+    third = SECOND._replace(name="Third")
+    (queue.out).mkdir()
+    queue.play_all([(SECOND, 10), (third, 10), (FIRST, 10), (AT_START, 10)], 2)
+    played = [call for call in Game.calls if call != "score"]
+    assert played[0] == "first-s10" and len(played) == 3 and Game.calls.count("score") == 4
+    result = json.loads((queue.results / "worth" / "second-of-data-s10.json").read_text())
+    assert result["after"] == "First" and result["settings"]["model"] == "First"
+    assert result["data"]["rows"] == 10 and result["minutes"] == 1.0 and result["tokens"] == 200
+    assert result["curves"]["valid"] == [0.5] * 10 and "/somewhere" not in json.dumps(result)
+    scores = result["models"][0]["scores"]
+    assert set(scores) == {"drawing 3", FOUR} and scores["drawing 3"]["sampled"]["right"] == 12
+
+
+def test_what_is_finished_is_not_played_again(queue):
+    """Not even scored; but of a run whose result is gone, only the scores are asked again."""
+    (queue.out).mkdir()
+    queue.play_all([(FIRST, 10)], 1)
+    assert Game.calls == ["first-s10", "score"]
+    again(queue).play_all([(FIRST, 10)], 1)
+    assert len(Game.calls) == 2
+    (queue.results / "worth" / "first-s10.json").unlink()
+    again(queue).play_all([(FIRST, 10)], 1)
+    assert Game.calls == ["first-s10", "score", "score"]
+    # Another question that also asks a second set: the same run, more scores.
+    more = Queue(queue.out, queue.results, "pays", queue.sets | {"drawing 2": "--held-out 2"})
+    assert not more.is_done(FIRST, 10)
+    more.play_all([(FIRST, 10)], 1)
+    assert again(more).is_done(FIRST, 10) and Game.calls.count("first-s10") == 1
+    assert len([*queue.results.rglob("*.json")]) == 1
+
+
+def test_a_stopped_run_is_resumed_and_one_without_a_checkpoint_put_aside(queue, monkeypatch):
+    monkeypatch.setattr(Game, "stops", ("first-s10",))
+    (queue.out).mkdir()
+    with pytest.raises(console.UserError, match="1 of 1 runs failed: First, seed 10: stopped"):
+        queue.play_all([(FIRST, 10)], 1)
+    monkeypatch.setattr(Game, "stops", ())
+    folder = queue.out / "runs" / "first-s10"
+    (folder / "checkpoint.safetensors").touch()
+    again(queue).play_all([(FIRST, 10)], 1)
+    assert Game.calls == ["first-s10", "first-s10 resumed", "score"]
+    write_run(queue.out / "runs" / "first-s11", 7)
+    again(queue).play_all([(FIRST, 11)], 1)
+    cut = queue.out / "runs" / "first-s11-cut-1" / "metrics.jsonl"
+    assert len(cut.read_text().splitlines()) == 7 and Game.calls[-2:] == ["first-s11", "score"]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(queue, monkeypatch):
+    monkeypatch.setattr(Game, "fails", ("first-s10",))
+    (queue.out).mkdir()
+    with pytest.raises(console.UserError, match="1 of 2 runs failed: First, seed 10: error: no lu"):
+        queue.play_all([(FIRST, 10), (FIRST, 11)], 1)
+    assert (queue.results / "worth" / "first-s11.json").is_file()
+
+
+def test_results_of_another_command_or_start_are_refused(queue, monkeypatch):
+    (queue.out).mkdir()
+    queue.play_all([(FIRST, 10)], 1)
+    with pytest.raises(console.UserError, match="result of First, seed 10, is of another command"):
+        again(queue).is_done(FIRST._replace(command="selfplay.py --steps 21"), 10)
+    monkeypatch.setattr(trials, "start_weights", lambda: "others")
+    with pytest.raises(console.UserError, match="or start than this version's"):
+        again(queue).is_done(FIRST, 10)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+def test_without_a_name_the_questions_are_listed(tmp_path):
+    done = command(claims, tmp_path, "--results", str(tmp_path), "--out", "x")
+    assert done.returncode == 0 and not (tmp_path / "x").exists()
+    for name, question in QUESTIONS.items():
+        assert name in done.stdout and question.title in done.stdout
+    assert re.search(r"30 runs, 30 of them to be played: about \d+ minutes of one", done.stdout)
+
+
+def test_cost_goes_by_what_a_run_took_before(tmp_path):
+    made_up(tmp_path, {}, [LSP], seeds=(10,))
+    queue = Queue(tmp_path, tmp_path, "worth", {})
+    missing, minutes = claims.cost(queue, [(LSP, 10), (LSP, 11), (AT_START, 11)], quick=False)
+    assert missing == [(LSP, 11), (AT_START, 11)] and minutes == pytest.approx(2 + 2 * 0.7)
+    guess = claims.rough_minutes(LSP, {})
+    assert claims.rough_minutes(claims.LONG[2500], {}) == pytest.approx(5 * guess)
+
+
+def test_quick_changes_the_defaults_of_the_folders():
+    args = claims.parse_args(["worth", "--quick", "--jobs", "1"])
+    assert (args.out, args.results, args.seeds) == ("claims-quick", "claims-quick/results", None)
+    args = claims.parse_args(["worth", "--seeds", "5"])
+    assert (args.out, args.results, args.seeds) == ("claims", "docs/results", 5)
+    assert set(claims.wanted_of(QUESTIONS["worth"], args).values()) == {5}
+
+
+def test_folder_of_another_start_is_refused(tmp_path):
+    out = claims.open_folder(tmp_path / "x")
+    assert claims.open_folder(out) == out
+    (out / "start.txt").write_text("another\n")
+    with pytest.raises(console.UserError, match="runs of another start"):
+        claims.open_folder(out)
     (tmp_path / "file").touch()
     with pytest.raises(console.UserError, match="file: cannot be made a folder"):
-        claims.open_folder(tmp_path / "file", method_commands(30))
-
-
-def test_finished_runs_are_kept_and_cut_ones_put_aside(tmp_path, monkeypatch):
-    """What is finished is not played again. What was cut off is renamed, never overwritten.
-
-    That holds even if the run was saved with a picture.
-    """
-    calls, commands = [], method_commands(30)
-
-    class Fake:
-        """A process that writes what a whole run, or evaluate.py score, would write."""
-        returncode = 0
-
-        def __init__(self, words, cwd, **rest):
-            calls.append(words[1])
-            if "selfplay" in words[1]:
-                write_run(cwd / "runs" / "lsp-s0", "{}\n" * 30)
-            else:
-                assert words[2] == "score"
-                open(words[words.index("--json") + 1], "w").close()
-
-        def communicate(self):
-            return "", ""
-
-    monkeypatch.setattr(subprocess, "Popen", Fake)
-    write_run(tmp_path / "runs" / "lsp-s0", "half\n")
-    children = set()
-    assert run_method(tmp_path, "LSP", 0, "tiny", commands, children) is None
-    assert len(calls) == 2 and not children
-    cut = tmp_path / "runs" / "lsp-s0-cut-1"
-    assert (cut / "metrics.jsonl").read_text() == "half\n"
-    assert run_method(tmp_path, "LSP", 0, "tiny", commands, children) is None
-    assert len(calls) == 2
-
-
-def write_run(folder, metrics):
-    """The files of a run of 30 steps, with a picture, as it leaves them."""
-    (folder / "model").mkdir(parents=True)
-    (folder / "model" / "model.safetensors").touch()
-    (folder / "metrics.jsonl").write_text(metrics)
-    (folder / "settings.json").write_text('{"steps": 30}')
-    (folder / "curves.png").write_text("")
+        claims.open_folder(tmp_path / "file")

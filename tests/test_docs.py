@@ -15,7 +15,7 @@ from conftest import ROOT, command
 
 from support import memory
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COURSE = (ROOT / "docs" / "course.md").read_text()
 FOLDERS = (".", "support", "recipes", "tiny")
 MODULES = {path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -325,4 +325,6 @@ def test_pages_are_reached_from_the_readme():
                 r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", page.read_text())]
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "docs"], cwd=ROOT,
                              capture_output=True, text=True).stdout.split()
+    # docs/results/NAME/ holds figures, which recipes/claims.py draws pages from.
+    tracked = [name for name in tracked if not name.endswith(".json")]
     assert {ROOT / name for name in tracked or ids_of((ROOT / "docs").glob("*"))} <= seen

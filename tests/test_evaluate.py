@@ -335,7 +335,8 @@ def test_figures_of_every_instruction(tmp_path):
     sampled = figures["items"]["sampled"]
     assert done.returncode == 0
     assert len(figures["kinds"]) == len(sampled) == 30
-    assert len(figures["items"]["longer"]) == 300
+    assert len(figures["longer"]["greedy"]) == evaluate.LONGER and figures["samples"] == 8
+    assert [x > 0 for x in sampled] == [x == 1 for x in figures["items"]["pass@8"]]
     assert sum(sampled) / 30 == pytest.approx(figures["scores"]["all"]["sampled"][0], abs=1e-6)
 
 

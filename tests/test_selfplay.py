@@ -15,7 +15,7 @@ from conftest import ROOT, command, llama3_tokenizer, random_llama, read_lines
 import selfplay
 from model import generate, groups, load, logprobs, pack, save
 from selfplay import AGGREGATE, PAY, Game, Player, advantages, fold, gradients, player_loss
-from support import data, learning, record
+from support import data, learning, record, runs
 from support.machine import Crew
 
 R = torch.tensor([  # N = 3 queries, G = 4 answers; V = 1/4, 3/4, 0
@@ -480,6 +480,35 @@ def test_a_pay_of_ones_own(tmp_path):
                        ("fails", "the pay fails failed: ZeroDivisionError"),
                        ("gone", "has no function 'gone'")):
         assert says in run(tmp_path, *small, "--pay", f"mine.py:{name}", expect=2).stderr
+
+
+def test_models_that_are_kept_on_the_way(tmp_path):
+    """--keep-every 2 of five steps: two of them, each as it stood then, and the last one.
+
+    A run's folder still stands for its last model.
+    """
+    small = [*TINY, "--queries", "2", "--answers", "2", "--steps", "5", "--run", "a"]
+    run(tmp_path, *small, "--keep-every", "2")
+    folder = tmp_path / "runs" / "a"
+    kept = runs.iterates(folder)
+    assert [path.name for path in kept] == ["step-2", "step-4", "model"]
+    assert runs.model_folder(folder) == folder / "model"
+    assert len({(path / "model.safetensors").read_bytes() for path in kept}) == 3
+    assert load(folder / "step-2")[0].config == load(folder / "model")[0].config
+
+
+@pytest.mark.parametrize("flags, of_solver, of_challenger", [
+    (["--quality", "0.5"], 0.5, 0.5), (["--quality", "0.5", "--quality-challenger", "0"], 0.5, 0),
+    (["--quality", "0", "--quality-challenger", "2"], 0, 2)])
+def test_each_player_has_its_own_weight_of_the_self_reward(tmp_path, flags, of_solver,
+                                                           of_challenger):
+    """LSP gives R_Q to both alike. --quality-challenger parts them."""
+    args = selfplay.parse_args([*TINY, "--queries", "3", "--answers", "4", *flags])
+    game = selfplay.set_up(args, "cpu")
+    played = selfplay.step(game, args)
+    R, R_Q = played.reward, played.quality
+    a_sol, a_ch = advantages(R + of_solver * R_Q, of_challenger * R_Q.mean(1) - R.mean(1))
+    assert torch.allclose(played.a_sol, a_sol) and torch.allclose(played.a_ch, a_ch)
 
 
 def test_a_pay_for_rewards_of_0_to_1_refuses_others(tmp_path):
