@@ -18,9 +18,6 @@ SHARED = ("--eval-data", "--eval-split", "--answer-tokens", "--template-args", "
           "--eval-items", "--micro-batch", "--dtype", "--low-memory", "--device")
 DATA = ("--data", "--split", "--skip-bad-rows")
 CHALLENGER = ("--task", "--template", "--query-tokens")  # where the model writes queries
-# What the rooms read besides. A recipe that does not show these flags takes their defaults.
-NEEDED = (*DATA, *CHALLENGER, "--lora", "--lora-alpha", "--lora-targets", "--judge", "--pay",
-          "--temperature", "--aggregate", "--kl-form", "--save-every", "--dry-run")
 # For a recipe that learns without knowing what is right.
 FIGURES_ONLY = ("--reward", {str}, "exact", "majority",
                 "who knows what is right, for figures and the scoreboard alone: nothing is learnt "
@@ -48,8 +45,9 @@ def parse(settings, room, argv, name, about, speaks):
     args = console.parse(settings, argv, *words)
     real = not speaks(runs.model_folder(args.model))
     shown = {row[0] for row in settings if not isinstance(row, str)}
+    # The rooms read other settings, too. What a recipe does not show has its default.
     hidden = {row[0].removeprefix("--").replace("-", "_"): row[3 if real else 2] for row in room
-              if row[0] in NEEDED and row[0] not in shown}
+              if not isinstance(row, str) and row[0] not in shown}
     hidden |= {"game": name.replace("_", "-"), "resume": None, "loss": "logistic"}
     args = console.parse(settings, argv, *words, real=real, **hidden)
     args.model = str(runs.model_folder(args.model))  # a run's folder stands for its model

@@ -1,8 +1,11 @@
 """The recipes of neighbouring papers: two steps of each, and their equations by hand."""
 import argparse
+import importlib.util
 import json
 import math
 import random
+import re
+import sys
 
 import pytest
 import torch
@@ -12,8 +15,8 @@ import evaluate
 import model as llama
 import selfplay
 import spin
-from recipes import lance, multiagent, r_zero, reverse_gen, self_training
-from support import console, forks, learning, report
+from recipes import lance, multiagent, neighbours, r_zero, reverse_gen, self_training
+from support import console, forks, learning, report, trials
 from tiny import language
 
 RECIPES = {"self_training": self_training, "reverse_gen": reverse_gen, "multiagent": multiagent,
@@ -343,3 +346,120 @@ def test_figures_of_a_step():
     found = forks.figures(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), [[[1], [1, 2]], [[1], [1, 2]]])
     assert found == {"reward": 0.75, "answer_tokens": 1.5, "spread": 0.5}
     assert forks.tokens([[[1], [1, 2]], [[1]]], [[[4, 5]]]) == 6
+
+
+# --------------------------------------------------------------------------------------------------
+# The exercises of docs/fork.md: each diff is applied and played
+
+DIFFS = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "fork.md").read_text(), re.DOTALL)
+TWO = ("--steps", "2", "--queries", "4", "--answers", "4", "--eval-items", "10", "--device", "cpu")
+
+
+def applied(diff, folder):
+    """Apply a diff to the project's file, written into a folder. Returns its path."""
+    _, head, _, *lines = diff.splitlines()  # ---, +++, @@
+    name = head.removeprefix("+++ b/")
+    old = "".join(line[1:] + "\n" for line in lines if line[:1] in (" ", "-"))
+    new = "".join(line[1:] + "\n" for line in lines if line[:1] in (" ", "+"))
+    text = (ROOT / name).read_text() if old else ""
+    assert text.count(old) == 1 if old else not (ROOT / name).exists()
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.replace(old, new) if old else new)
+    return path
+
+
+def imported(path):
+    """The module of a file that is not on the import path."""
+    spec = importlib.util.spec_from_file_location(f"fork_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_fork_a_new_pay(tmp_path):
+    """p (1 - p): 3/16 where three of four are right, 0 where all are. It plays two steps."""
+    fork = imported(applied(DIFFS[0], tmp_path))
+    R = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    assert fork.PAY["variance"](None, R, None).tolist() == [0.1875, 0.0]
+    assert command(selfplay, tmp_path, "--pay", "variance").returncode == 2
+    done = command(fork, tmp_path, *TWO, "--pay", "variance")
+    assert done.returncode == 0 and "gain over the start" in done.stdout
+
+
+def test_fork_a_new_reward(tmp_path):
+    """The right answer has 1; of four letters three are right: half of 3/4; no task, no pay."""
+    fork = imported(applied(DIFFS[1], tmp_path))
+    asked = ['Take "abcd", repeat it, then keep its first 4 letters.', "Take 3."]
+    assert fork.nearly(asked, [["abcd", "abcx"], ["", "3"]]) == [[1, 0.375], [0, 0]]
+    done = command(selfplay, tmp_path, *TWO, "--game", "grpo", "--reward", "nearly.py:nearly")
+    assert done.returncode == 0 and "gain over the start" in done.stdout
+
+
+def test_fork_a_new_game(tmp_path, monkeypatch):
+    """Advantages are -1 for wrong answers and 0 for right ones; it plays two steps."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = applied(DIFFS[2], tmp_path)
+    given, real = [], selfplay.gradients
+
+    def gradients(game, player, advantage, *others):
+        given.append(advantage)
+        return real(game, player, advantage, *others)
+    monkeypatch.setattr(selfplay, "gradients", gradients)
+    done = command(imported(path), tmp_path, *TWO)
+    assert done.returncode == 0 and "gain over the start" in done.stdout, done.stderr
+    rows = read_lines(tmp_path / "runs" / "negative-1" / "metrics.jsonl")
+    assert [1 + a.mean().item() for a in given] == pytest.approx([row["reward"] for row in rows])
+    assert set(torch.cat(given).flatten().tolist()) == {-1.0, 0.0}
+
+
+# --------------------------------------------------------------------------------------------------
+# The table of all methods
+
+def made_up(gain, tokens, command="", n=40):
+    """A result in which `gain` more of n instructions are right than 20, in all 8 answers."""
+    right = [8] * (20 + gain) + [0] * (n - 20 - gain)
+    items = {"sampled": [k / 8 for k in right], "greedy": [float(k > 0) for k in right]}
+    return {"tokens": tokens, "minutes": 1.5, "command": command, "models": [
+        {"name": "model", "scores": {neighbours.SET: trials.counted(items, 8)}}]}
+
+
+def test_the_table_of_made_up_results(tmp_path):
+    """10 of 40 more are 25 points, and 12.5 for each 100,000 of 200,000 tokens. Best first."""
+    found = {(neighbours.START.slug, seed): made_up(0, 0) for seed in (10, 11)}
+    grpo, lsp, *_ = neighbours.METHODS
+    found |= {(grpo.slug, 10): made_up(4, 200_000), (lsp.slug, 10): made_up(10, 200_000),
+              (lsp.slug, 11): made_up(10, 200_000)}
+    r = trials.Results(found, neighbours.SET)
+    head, _, start, first, second = neighbours.table(r).splitlines()
+    assert start.startswith("| start |  | 2 |  | 50.0 [")
+    assert first.startswith("| LSP | R | 2 | 200,000 | 75.0 [") and "| +25.0 [" in first
+    assert "| +12.5 [" in first and first.endswith("| 1.5 |")
+    assert second.startswith("| GRPO | queries; R | 1 |")
+    page = tmp_path / "recipes.md"
+    page.write_text("before\n<!-- table -->\nold\n<!-- end of the table -->\nafter\n")
+    neighbours.draw(r, page)
+    assert page.read_text() == (f"before\n<!-- table -->\n{neighbours.table(r)}\n"
+                                "<!-- end of the table -->\nafter\n")
+    assert (tmp_path / "recipes.png").stat().st_size > 5000
+
+
+def test_every_method_of_the_table_takes_its_flags(tmp_path, monkeypatch):
+    """No flag is unknown, and each run's file has a name of its own."""
+    monkeypatch.chdir(tmp_path)
+    for run in neighbours.METHODS:
+        script, *flags = run.command.split()
+        name = script.removeprefix("recipes/").removesuffix(".py")
+        if name in RECIPES:
+            args = forks.parse(RECIPES[name].SETTINGS, selfplay.SETTINGS, flags, name, "About.",
+                               language.spoken_by)
+        else:
+            args = {"selfplay": selfplay, "spin": spin}[name].parse_args(flags)
+        assert args.command == script
+    assert len({run.slug for run in neighbours.METHODS}) == len(neighbours.METHODS) == 9
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    """The table in docs/recipes.md is drawn from docs/results/recipes/."""
+    r = trials.Results(trials.read_results(neighbours.RESULTS), neighbours.SET)
+    assert neighbours.table(r) in (ROOT / "docs" / "recipes.md").read_text()
