@@ -154,6 +154,13 @@ def test_a_real_model_plays(name, tmp_path, foreign):
     assert "cannot judge" in done.stderr
 
 
+def test_a_real_model_needs_no_reward_where_nothing_is_learnt_from_it(tmp_path, foreign):
+    """R-Zero asks nobody. Then nobody knows how right its answers are, and it says so."""
+    done = play("r_zero", tmp_path, "--model", str(foreign), "--answer-tokens", "4",
+                "--query-tokens", "9")
+    assert "no scoreboard" in done.stdout
+
+
 # --------------------------------------------------------------------------------------------------
 # Equations by hand
 
