@@ -31,16 +31,15 @@ START = Run("start" + HERE, "")
 METHODS = {
     Run("GRPO" + HERE, "selfplay.py --game grpo --steps 80"): "queries; R",
     Run("LSP" + HERE, "selfplay.py --game lsp --steps 68"): "R",
-    Run("SPIN" + HERE, "spin.py --pairs 10000 --epochs 1"): "queries; right answers",
-    Run("fine-tuning" + HERE,
-        "spin.py --game sft --iterations 1 --pairs 40000 --epochs 1"): "queries; right answers",
     Run("self-training" + HERE, "recipes/self_training.py --steps 5"): "queries; R",
-    Run("ReverseGen" + HERE,
-        "recipes/reverse_gen.py --steps 5 --proposals 8192"): "which queries have an answer; "
-                                                              "right answers",
     Run("multiagent finetuning" + HERE, "recipes/multiagent.py --steps 5"): "queries",
     Run("LANCE" + HERE, "recipes/lance.py --steps 8"): "nothing",
     Run("R-Zero" + HERE, "recipes/r_zero.py --updates 7 --questions 256"): "nothing",
+    Run("ReverseGen" + HERE, "recipes/reverse_gen.py --steps 5 --proposals 8192"):
+        "which queries have an answer; R; right answers",
+    Run("fine-tuning" + HERE, "spin.py --game sft --iterations 1 --pairs 40000 --epochs 1"):
+        "queries; right answers",
+    Run("SPIN" + HERE, "spin.py --iterations 2 --pairs 20000 --epochs 1"): "queries; right answers",
 }
 
 
