@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,27 @@ def answer(model, tokenizer, queries, samples=1, temperature=1.0, seed=0, max_ne
 def answer_ids(model, tokenizer, queries, samples, temperature, seed, max_new_tokens):
     """`answer` as ids: N lists of lists. One without an end token was cut."""
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
+    return ask(model, tokenizer, queries, samples, temperature, generator, max_new_tokens).ids
+
+
+class Asked(NamedTuple):
+    """What a model was asked, and what it said."""
+    prompts: list  # N lists of ids
+    ids: list  # N lists of `samples` lists of ids: what can be trained on
+    texts: list  # the same as texts, without thoughts: what can be judged
+
+
+def ask(model, tokenizer, queries, samples, temperature, generator, max_new_tokens):
+    """`samples` answers to each of N queries, as an Asked.
+
+    queries: texts, or Rows of the data, or prompts as lists of ids, such as the Challenger's.
+    """
     room = model.config.context - max_new_tokens  # what is too long is cut from behind
-    prompts = [tokenizer.chat(row.messages, room=room) for row in as_rows(queries)]
-    return sample_all(model, prompts, samples, max_new_tokens, temperature, generator)
+    prompts = [query if isinstance(query, list) else
+               tokenizer.chat(as_rows([query])[0].messages, room=room) for query in queries]
+    ids = sample_all(model, prompts, samples, max_new_tokens, temperature, generator)
+    texts = [[tokenizer.spoken(tokenizer.decode(answer)) for answer in group] for group in ids]
+    return Asked(prompts, ids, texts)
 
 
 def as_rows(queries):

@@ -120,7 +120,8 @@ WRITTEN = {"metrics.jsonl", "games.jsonl", "settings.json", "curves.png", "evalu
            "checkpoint.safetensors", "model.safetensors", "claims.md"}
 BROUGHT = {"mine.py", "arithmetic.jsonl", "arithmetic-held-out.jsonl", "times-tables.jsonl",
            "gsm8k.jsonl", "chats.jsonl", "alpaca_eval.json", "after.json", "before.json",
-           "FILE.jsonl", "nowhere.jsonl", "alpaca.json", "style.py"}
+           "FILE.jsonl", "nowhere.jsonl", "alpaca.json", "style.py", "nearly.py", "negative.py",
+           "pays.png", "negative.png"}
 FILE = r"(?:[\w.-]+/)*[\w-]+\.(?:py|md|png|jsonl?|txt|html|safetensors|cff|toml)"
 
 
@@ -212,7 +213,9 @@ def known_flags():
     """{script, or evaluate.py's command: its flags}."""
     found = {}
     for path in (*GAMES, "evaluate.py", "recipes/claims.py", "recipes/train_tiny.py",
-                 "recipes/figures.py"):
+                 "recipes/figures.py", "recipes/self_training.py", "recipes/reverse_gen.py",
+                 "recipes/multiagent.py", "recipes/lance.py", "recipes/r_zero.py",
+                 "recipes/neighbours.py"):
         found |= flags_of_parsers(path)
     # explain.py hands its flags to a game, and so does bench_llama.py. The scripts in tests/ are
     # not imported: their text says which flags they have.
