@@ -4,7 +4,7 @@ and to say how probable given texts are.
     model, tokenizer = load("tiny")                       # a folder in Hugging Face layout
     prompts = [tokenizer.chat([{"role": "user", "content": query}]) for query in queries]
     rollout = generate(model, prompts, group=8, max_new_tokens=32)
-    for packed in pack(prompts, groups(rollout.ids, 8)):  # the sampled ids, side by side
+    for packed in pack(prompts, groups(rollout.ids, 8)):  # each group of sampled ids as a tree
         lp = logprobs(model, packed)                      # their log-probabilities, with a gradient
     save(model, "folder")                                 # transformers and vLLM can open it
 
@@ -534,7 +534,7 @@ class Row:
 
     def shared(self, completion):
         """How many tokens of a completion are in the row: those the latest one begins with, too."""
-        return len(commonprefix([self.read, completion[:-1]]))
+        return len(commonprefix([self.read, [*completion[:-1]]]))
 
     def fits(self, completion, room):
         """Whether the row has at most `room` tokens with this completion."""

@@ -415,6 +415,8 @@ def test_a_row_is_packed_as_its_docstring_draws_it(small):
     assert [field.tolist() for field in packed] == [
         [[p, q, a, b, c, d]], [[0, 1, 2, 3, 3, 2]], [[5, 5, 4, 3, 4, 5]],
         [1, 2, 3, 1, 2, 4, 1, 5], [a, b, e, a, c, e, d, e], [0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 2]]
+    mixed, = pack([(p, q)], [[(d, e), [a, c, e], (a, b, e)]])  # any order, lists and tuples
+    assert all(map(torch.equal, packed[:3], mixed[:3]))
     lines = DRAWN.strip("\n").splitlines()
     assert all(f"{line.strip()}\n" in Packed.__doc__ for line in lines)
     drawn = [[line[i:i + 1] == "x" for i in range(4, 15, 2)] for line in lines[1:]]
