@@ -1,6 +1,6 @@
 """Multiagent finetuning: generators and critics debate, and each learns from its own part.
 
-    python recipes/multiagent.py              four minutes on the embedded default
+    python recipes/multiagent.py              three minutes on the embedded default
     python recipes/multiagent.py --agents 1   one generator and one critic: nobody to differ from
     python recipes/multiagent.py --model FOLDER --data gsm8k.jsonl --reward math
 

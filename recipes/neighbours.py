@@ -84,14 +84,16 @@ def level(r, run):
 
 def draw(r, page):
     """Put the table into a page between its marks, and the picture beside the page."""
-    lines = {way: ([], [r.gain(run, way, over=START) for run in ranked(r)])
-             for way in ("sampled", "greedy", "pass@8")}
     names = [run.name.removesuffix(HERE) for run in ranked(r)]
-    pages.draw(page.with_suffix(".png"), "gain over the start, points, at equal sampled tokens",
-               [pages.Panel("with 95 % intervals", lines, names=names)])
-    text = page.read_text(encoding="utf-8")
-    begin, end = "<!-- table -->\n", "\n<!-- end of the table -->"
-    text = re.sub(f"(?s){begin}.*{end}", lambda _: begin + table(r) + end, text)
+    panels = [pages.Panel("", {way: ([], [r.gain(run, way, over=START) for run in ranked(r)])},
+                          names=names) for way in ("sampled", "greedy", "pass@8")]
+    pages.draw(page.with_suffix(".png"), "gain over the start in points, with 95 % intervals, at "
+               "equal sampled tokens", panels)
+    marks = "<!-- table -->", "<!-- end of the table -->"
+    parts = re.split("|".join(marks), page.read_text(encoding="utf-8"))
+    if len(parts) != 3:
+        raise console.UserError(f"{page}: no place for the table between {' and '.join(marks)}")
+    text = f"{parts[0]}{marks[0]}\n{table(r)}\n{marks[1]}{parts[2]}"
     page.write_text(text, encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """R-Zero: a Challenger and a Solver, two models from one start, that train each other in turns.
 
-    python recipes/r_zero.py                 four minutes on the embedded default
+    python recipes/r_zero.py                 a minute on the embedded default
     python recipes/r_zero.py --penalty 0     without the penalty for repetition
     python recipes/r_zero.py --model FOLDER  a chat model; no data, no reward
 

@@ -1,6 +1,6 @@
 """ReverseGen: a proposer learns which queries a target fails on; the target then learns from them.
 
-    python recipes/reverse_gen.py                   three minutes on the embedded default
+    python recipes/reverse_gen.py                   two minutes on the embedded default
     python recipes/reverse_gen.py --beta 0          baseline: the proposer does not learn
     python recipes/reverse_gen.py --model FOLDER --reward REWARD    label by the reward
 

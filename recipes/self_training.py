@@ -1,6 +1,6 @@
 """Self-training: answer, keep what is right, learn from it, repeat (expert iteration).
 
-    python recipes/self_training.py                      four minutes on the embedded default
+    python recipes/self_training.py                      a minute on the embedded default
     python recipes/self_training.py --restart            each time anew from the start
     python recipes/self_training.py --learn dpo          learn from right and wrong ones, as pairs
     python recipes/self_training.py --model FOLDER --data gsm8k.jsonl --reward math

@@ -444,11 +444,15 @@ def test_the_table_of_made_up_results(tmp_path):
     assert "| +12.5 [" in first and first.endswith("| 1.5 |")
     assert second.startswith("| GRPO | queries; R | 1 |")
     page = tmp_path / "recipes.md"
-    page.write_text("before\n<!-- table -->\nold\n<!-- end of the table -->\nafter\n")
-    neighbours.draw(r, page)
-    assert page.read_text() == (f"before\n<!-- table -->\n{neighbours.table(r)}\n"
-                                "<!-- end of the table -->\nafter\n")
+    for old in ("", "old\n"):
+        page.write_text(f"before\n<!-- table -->\n{old}<!-- end of the table -->\nafter\n")
+        neighbours.draw(r, page)
+        assert page.read_text() == (f"before\n<!-- table -->\n{neighbours.table(r)}\n"
+                                    "<!-- end of the table -->\nafter\n")
     assert (tmp_path / "recipes.png").stat().st_size > 5000
+    page.write_text("no marks")
+    with pytest.raises(console.UserError, match="no place for the table"):
+        neighbours.draw(r, page)
 
 
 def test_every_method_of_the_table_takes_its_flags(tmp_path, monkeypatch):
