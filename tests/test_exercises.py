@@ -64,26 +64,26 @@ def without_quality(R, Q):
 
 WEIGHTS = torch.arange(8.0) / 7
 MISTAKES = {
-    1: {"the mean of the whole batch": lambda R: grpo(R, R.mean(), R.std(1, correction=0)[:, None]),
+    1: {"causal alone": lambda s: segments(s)[2], "without the prompt": own_only,
+        "it looks ahead": looks_ahead},
+    2: {"the likeliest grade": lambda x, d: x[:, d].argmax(-1) / 7.0,
+        "among all tokens": lambda x, d: x.softmax(-1)[:, d] @ WEIGHTS,
+        "in points": lambda x, d: 7 * x[:, d].softmax(-1) @ WEIGHTS},
+    3: {"the mean of the whole batch": lambda R: grpo(R, R.mean(), R.std(1, correction=0)[:, None]),
         "torch's own deviation": lambda R: grpo(R, R.mean(1, keepdim=True), R.std(1)[:, None]),
         "nothing added to a deviation of 0": lambda R: (
             (R - R.mean(1, keepdim=True)) / R.std(1, correction=0)[:, None])},
-    2: {"centred over the batch": wrong_centre, "the wrong sign": wrong_sign,
+    4: {"centred over the batch": wrong_centre, "the wrong sign": wrong_sign,
         "no quality for the Solver": without_quality},
-    3: {"the wrong way round": lambda pi, ref: (pi - ref).exp() - (pi - ref) - 1,
+    5: {"the wrong way round": lambda pi, ref: (pi - ref).exp() - (pi - ref) - 1,
         "the plain log-ratio": lambda pi, ref: pi - ref,
         "without the 1": lambda pi, ref: (ref - pi).exp() - (ref - pi)},
-    4: {"causal alone": lambda s: segments(s)[2], "without the prompt": own_only,
-        "it looks ahead": looks_ahead},
-    5: {"without the opponent": lambda lp, ref, lam: F.softplus(-lam * (lp[:, 0] - lp[:, 1])),
-        "the wrong sign": lambda lp, ref, lam: F.softplus(lam * pair_sums(lp, ref)),
-        "it overflows": lambda lp, ref, lam: torch.log1p(torch.exp(-lam * pair_sums(lp, ref)))},
-    6: {"the likeliest grade": lambda x, d: x[:, d].argmax(-1) / 7.0,
-        "among all tokens": lambda x, d: x.softmax(-1)[:, d] @ WEIGHTS,
-        "in points": lambda x, d: 7 * x[:, d].softmax(-1) @ WEIGHTS},
-    7: {"paid where nobody is right": lambda R: 1 - R.mean(1),
+    6: {"paid where nobody is right": lambda R: 1 - R.mean(1),
         "the share of right answers": lambda R: R.mean(1),
         "of the whole batch": lambda R: ((1 - R.mean()) * (R.mean() > 0)).expand(len(R))},
+    7: {"without the opponent": lambda lp, ref, lam: F.softplus(-lam * (lp[:, 0] - lp[:, 1])),
+        "the wrong sign": lambda lp, ref, lam: F.softplus(lam * pair_sums(lp, ref)),
+        "it overflows": lambda lp, ref, lam: torch.log1p(torch.exp(-lam * pair_sums(lp, ref)))},
 }
 
 
@@ -112,18 +112,18 @@ def test_the_right_values_by_hand():
     """The oracles are the project's functions; these are their values worked out by hand."""
     def right(number, *values):
         return check.EXERCISES[number].right(*check.tensors(*values))
-    assert right(1, [[1.0, 0.0, 0.0]]).tolist() == [pytest.approx([1.4139, -0.70696, -0.70696],
+    assert right(3, [[1.0, 0.0, 0.0]]).tolist() == [pytest.approx([1.4139, -0.70696, -0.70696],
                                                                   abs=1e-4)]
-    a_sol, a_ch = right(2, [[1.0, 0.0, 0.0, 1.0], [0.0] * 4], [[0.5] * 4, [0.1] * 4])
+    a_sol, a_ch = right(4, [[1.0, 0.0, 0.0, 1.0], [0.0] * 4], [[0.5] * 4, [0.1] * 4])
     assert a_sol.tolist() == [pytest.approx([0.5, -0.5, -0.5, 0.5]), pytest.approx([0.0] * 4)]
     assert a_ch.tolist() == pytest.approx([-0.05, 0.05])  # -0.5 + 0.5 = 0, and 0 + 0.1
-    assert right(3, [-1.0], [-2.0]).tolist() == pytest.approx([0.367879], abs=1e-5)
-    assert right(4, [[0, 0, 1, 2]]).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0],
+    assert right(5, [-1.0], [-2.0]).tolist() == pytest.approx([0.367879], abs=1e-5)
+    assert right(1, [[0, 0, 1, 2]]).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0],
                                                         [1, 1, 0, 1]]]
     lp, ref = check.tensors([[-1.0, -3.0]], [[-2.0, -2.0]])  # m = 1 - (-1) = 2
-    assert check.EXERCISES[5].right(lp, ref, 1.0).tolist() == pytest.approx([0.126928], abs=1e-5)
-    assert right(6, [[0.0] * 8], list(range(8))).tolist() == pytest.approx([0.5])
-    assert right(7, [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).tolist() == pytest.approx([2 / 3, 0.0])
+    assert check.EXERCISES[7].right(lp, ref, 1.0).tolist() == pytest.approx([0.126928], abs=1e-5)
+    assert right(2, [[0.0] * 8], list(range(8))).tolist() == pytest.approx([0.5])
+    assert right(6, [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).tolist() == pytest.approx([2 / 3, 0.0])
 
 
 def test_the_mask_is_the_one_of_a_packed_row():
@@ -150,23 +150,23 @@ def solved(tmp_path):
 
 
 @pytest.mark.parametrize("body, code, says", [
-    ("return (log_ref - log_pi).exp() - (log_ref - log_pi) - 1", 0, "exercise 3, k3: right, on 4"),
+    ("return (log_ref - log_pi).exp() - (log_ref - log_pi) - 1", 0, "exercise 5, k3: right, on 4"),
     ("return log_pi - log_ref", 1, "    expected  tensor([0.3679])\n    yours     tensor([1.])"),
     ("return torch.zeros(())", 1, "log_pi    tensor([-1.])"),
     ("return 0.0", 1, "yours     0.0"),
-    ,
-    ("log_pi += 1; return 1 / 0", 1, "ZeroDivisionError: division by zero (3_kl.py, line 12)")])
+    ("return log_pi, log_ref", 1, "yours     tensor([-1.]), tensor([-1.])"),
+    ("log_pi += 1; return 1 / 0", 1, "ZeroDivisionError: division by zero (5_kl.py, line 12)")])
 def test_a_file_is_marked(solved, tmp_path, body, code, says):
-    path = solved / "3_kl.py"
+    path = solved / "5_kl.py"
     path.write_text(path.read_text().replace("    ...\n", f"    {body}\n"))
-    done = command(load_check(solved), tmp_path, "3")
+    done = command(load_check(solved), tmp_path, "5")
     assert done.returncode == code and says in done.stdout, done.stdout + done.stderr
     assert not done.stderr
 
 
 def test_a_file_that_is_no_python_is_one_line(solved, tmp_path):
-    (solved / "3_kl.py").write_text("def k3(:\n")
-    done = command(load_check(solved), tmp_path, "3")
+    (solved / "5_kl.py").write_text("def k3(:\n")
+    done = command(load_check(solved), tmp_path, "5")
     assert done.returncode == 2 and "SyntaxError" in done.stderr and done.stderr.count("\n") == 1
 
 

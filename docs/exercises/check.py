@@ -1,10 +1,10 @@
-"""Mark the exercises: `python docs/exercises/check.py 3` marks the third, without a number all.
+"""Mark the exercises: `python docs/exercises/check.py 5` marks the fifth, without a number all.
 
 Each exercise is a file beside this one, with a function to write in place of the three dots. It is
 tried on small inputs, the smallest first. The right values are those of the project's own
 functions. Exit code: 0 if all is right, 1 if not.
 
-In a notebook: `check(3)` marks the file, and `check(3, function)` a function from a cell.
+In a notebook: `check(5)` marks the file, and `check(5, function)` a function from a cell.
 """
 import sys
 from pathlib import Path
@@ -92,13 +92,25 @@ def tensors(*values):
 
 EIGHT = list(range(8))
 EXERCISES = {
-    1: Exercise("1_grpo.py", "grpo_advantage", "reward", grpo_advantage, [
+    1: Exercise("1_mask.py", "packed_mask", "segment", packed_mask, [
+        tensors([[0]]),
+        tensors([[0, 0]]),
+        tensors([[0, 1]]),
+        tensors([[0, 1, 2]]),
+        tensors([[0, 0, 1, 1, 2]]),
+        tensors([[0, 0, 1, 1, 2], [0, 1, 1, 2, 2]])]),
+    2: Exercise("2_judge.py", "expected_score", "logits, digits", expected_score, [
+        tensors([[0.0] * 8], EIGHT),
+        tensors([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 2.5]], EIGHT),
+        tensors([[3.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 9.0]], [8, 7, 6, 5, 4, 3, 2, 1]),
+        tensors([[0.0] * 9 + [9.0], [1.0] * 7 + [2.0] * 3], EIGHT)]),
+    3: Exercise("3_grpo.py", "grpo_advantage", "reward", grpo_advantage, [
         tensors([[1.0, 0.0]]),
         tensors([[1.0, 1.0]]),
         tensors([[1.0, 0.0, 0.0]]),
         tensors([[1.0, 0.0], [3.0, 1.0]]),
         tensors([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [2.0, 1.5, 1.0, 0.0]])]),
-    2: Exercise("2_lsp.py", "lsp_advantages", "reward, quality", lsp_advantages, [
+    4: Exercise("4_lsp.py", "lsp_advantages", "reward, quality", lsp_advantages, [
         tensors([[1.0, 0.0]], [[0.0, 0.0]]),
         tensors([[0.0, 0.0]], [[0.8, 0.4]]),
         tensors([[1.0], [0.0]], [[0.0], [0.0]]),
@@ -106,35 +118,23 @@ EXERCISES = {
         tensors([[1.0, 0.0], [0.0, 0.0]], [[0.9, 0.7], [0.1, 0.1]]),
         tensors([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]],
                 [[0.9, 0.8, 0.7, 0.9], [0.1, 0.0, 0.1, 0.2]])]),
-    3: Exercise("3_kl.py", "k3", "log_pi, log_ref", k3, [
+    5: Exercise("5_kl.py", "k3", "log_pi, log_ref", k3, [
         tensors([-1.0], [-1.0]),
         tensors([-1.0], [-2.0]),
         tensors([-2.0], [-1.0]),
         tensors([-1.0, -2.0, -0.5], [-1.5, -1.0, -0.5])]),
-    4: Exercise("4_mask.py", "packed_mask", "segment", packed_mask, [
-        tensors([[0]]),
-        tensors([[0, 0]]),
-        tensors([[0, 1]]),
-        tensors([[0, 1, 2]]),
-        tensors([[0, 0, 1, 1, 2]]),
-        tensors([[0, 0, 1, 1, 2], [0, 1, 1, 2, 2]])]),
-    5: Exercise("5_spin.py", "spin_loss", "lp, ref, lam", spin.spin_loss, [
-        (*tensors([[-1.0, -1.0]], [[-1.0, -1.0]]), 1.0),
-        (*tensors([[-1.0, -3.0]], [[-2.0, -2.0]]), 1.0),
-        (*tensors([[-1.0, -3.0]], [[-1.0, -1.0]]), 0.1),
-        (*tensors([[-201.0, -1.0]], [[-1.0, -1.0]]), 1.0),
-        (*tensors([[-1.0, -3.0], [-2.0, -1.0]], [[-2.0, -2.5], [-1.0, -1.0]]), 2.0)]),
-    6: Exercise("6_judge.py", "expected_score", "logits, digits", expected_score, [
-        tensors([[0.0] * 8], EIGHT),
-        tensors([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 2.5]], EIGHT),
-        tensors([[3.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 9.0]], [8, 7, 6, 5, 4, 3, 2, 1]),
-        tensors([[0.0] * 9 + [9.0], [1.0] * 7 + [2.0] * 3], EIGHT)]),
-    7: Exercise("7_pay.py", "absolute_zero_pay", "reward", absolute_zero_pay, [
+    6: Exercise("6_pay.py", "absolute_zero_pay", "reward", absolute_zero_pay, [
         tensors([[1.0]]),
         tensors([[0.0]]),
         tensors([[1.0, 0.0]]),
         tensors([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]),
         tensors([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])]),
+    7: Exercise("7_spin.py", "spin_loss", "lp, ref, lam", spin.spin_loss, [
+        (*tensors([[-1.0, -1.0]], [[-1.0, -1.0]]), 1.0),
+        (*tensors([[-1.0, -3.0]], [[-2.0, -2.0]]), 1.0),
+        (*tensors([[-1.0, -3.0]], [[-1.0, -1.0]]), 0.1),
+        (*tensors([[-201.0, -1.0]], [[-1.0, -1.0]]), 1.0),
+        (*tensors([[-1.0, -3.0], [-2.0, -1.0]], [[-2.0, -2.5], [-1.0, -1.0]]), 2.0)]),
 }
 
 

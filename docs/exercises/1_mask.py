@@ -1,4 +1,4 @@
-"""Exercise 4: who sees whom in a packed row. `python docs/exercises/check.py 4`"""
+"""Exercise 1: who sees whom in a packed row. `python docs/exercises/check.py 1`"""
 import torch
 
 

@@ -1,4 +1,4 @@
-"""Exercise 2: the two advantages of LSP (arXiv 2509.07414). `python docs/exercises/check.py 2`"""
+"""Exercise 4: the two advantages of LSP (arXiv 2509.07414). `python docs/exercises/check.py 4`"""
 import torch
 
 

@@ -1,4 +1,4 @@
-"""Exercise 5: the loss of SPIN (arXiv 2401.01335, eq. 4.7). `python docs/exercises/check.py 5`"""
+"""Exercise 7: the loss of SPIN (arXiv 2401.01335, eq. 4.7). `python docs/exercises/check.py 7`"""
 import torch
 
 

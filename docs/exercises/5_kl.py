@@ -1,4 +1,4 @@
-"""Exercise 3: the KL term of a token, in the form k3. `python docs/exercises/check.py 3`"""
+"""Exercise 5: the KL term of a token, in the form k3. `python docs/exercises/check.py 5`"""
 import torch
 
 

@@ -1,4 +1,4 @@
-"""Exercise 7: a Challenger's pay, Absolute Zero's (2505.03335). `python docs/exercises/check.py 7`
+"""Exercise 6: a Challenger's pay, Absolute Zero's (2505.03335). `python docs/exercises/check.py 6`
 """
 import torch
 

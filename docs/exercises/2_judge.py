@@ -1,4 +1,4 @@
-"""Exercise 6: the expected grade of the judge, R_Q. `python docs/exercises/check.py 6`"""
+"""Exercise 2: the expected grade of the judge, R_Q. `python docs/exercises/check.py 2`"""
 import torch
 
 

@@ -1,4 +1,4 @@
-"""Exercise 1: the advantage of GRPO (arXiv 2402.03300). `python docs/exercises/check.py 1`"""
+"""Exercise 3: the advantage of GRPO (arXiv 2402.03300). `python docs/exercises/check.py 3`"""
 import torch
 
 
