@@ -202,16 +202,15 @@ def show_play(game, args, queries, answers, reward, quality, paid, solver, chall
                   f"{number(lp, '9.3f', 'log pi')}  {number(kl, '9.2e', by['KL'])}")
         value, v_q = reward[i].mean(), quality[i].mean()
         print(f"      V = mean R = {number(value, '.4f', 'V')}, "
-              f"mean R_Q = {number(v_q, '.4f', 'V_Q')}", end="")
+              f"mean R_Q = {number(v_q, '.4f', 'V_Q')}")
         if challenger:
             what = "-V + V_Q" if args.pay == "minimax" else f"--pay {args.pay}"[:20]
             lp, kl = challenger.lp[i].sum(), challenger.kl[i].sum()
-            print(f"; the Challenger gets {what} = {number(paid[i], '+.4f', by['paid'])}")
-            print(f"      A_Ch = {number(challenger.advantage[i], '+.5f', 'A_Ch')} "
+            print(f"      the Challenger gets {what} = {number(paid[i], '+.4f', by['paid'])}\n"
+                  f"      A_Ch = {number(challenger.advantage[i], '+.5f', 'A_Ch')} "
                   "(selfplay.advantages)")
             print(f"      log pi(q) = {number(lp, '.3f', 'log pi')} (model.logprobs)   "
-                  f"KL sum = {number(kl, '.2e', by['KL'])} (selfplay.KL)", end="")
-        print()
+                  f"KL sum = {number(kl, '.2e', by['KL'])} (selfplay.KL)")
 
 
 def show_update(game, args, one):
@@ -243,7 +242,7 @@ def show_update(game, args, one):
     print(f"  {name} = policy + beta KL = {parts[0]} + {one.beta:g} x {parts[1]} = "
           f"{number(terms['loss'], '+.6f', 'loss')};")
     print(f"  times {one.alpha:g} in the sum, with a gradient of norm "
-          f"{number(norm, '.5f', 'norm')}; KL of a token "
+          f"{number(norm, '.6g', 'norm')}; KL of a token "
           f"{number(terms['kl'], '.2e', by['KL'])} on average")
 
 
