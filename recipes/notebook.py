@@ -7,6 +7,7 @@ keeps the stored outputs.
 It needs jupytext, nbclient and ipykernel: pip install -r tests/requirements.txt
 """
 import argparse
+import base64
 import copy
 import sys
 from pathlib import Path
@@ -50,6 +51,18 @@ def run(notebook, folder=NOTEBOOK.parent, seconds=CELL_SECONDS):
     return notebook
 
 
+def with_images(notebook):
+    """Store each drawing as an image in HTML, too.
+
+    JupyterLab shows no stored SVG in a notebook that it does not trust yet, as that of a new clone.
+    """
+    for output in [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]:
+        if svg := output.get("data", {}).get("image/svg+xml"):
+            data = base64.b64encode(svg.encode()).decode()
+            output["data"]["text/html"] = f'<img src="data:image/svg+xml;base64,{data}">'
+    return notebook
+
+
 def with_outputs_of(notebook, old):
     """Take the outputs of an older notebook with the same code. Raises UserError for other code."""
     new, known = ([cell for cell in book.cells if cell.cell_type == "code"]
@@ -84,7 +97,7 @@ def main(argv=None):
         notebook = with_outputs_of(notebook, nbformat.read(args.out, 4))
     else:
         notebook = run(notebook)
-    nbformat.write(notebook, args.out)
+    nbformat.write(with_images(notebook), args.out)
     print(f"written: {args.out} ({Path(args.out).stat().st_size / 1024:.0f} KiB)")
 
 

@@ -1,4 +1,5 @@
 """The course as a notebook: it agrees with its page, its outputs are stored, and all cells run."""
+import base64
 import json
 import re
 import subprocess
@@ -111,6 +112,19 @@ def test_outputs_are_kept_where_the_code_is_the_same():
     assert new.cells[0].source == "# B" and new.cells[1].outputs == old.cells[1].outputs
     with pytest.raises(UserError, match="has changed"):
         notebook.with_outputs_of(notebook.cells_of("# A\n\n```python\nprint(2)\n```\n"), old)
+
+
+def test_drawings_are_stored_as_images_too(stored):
+    """JupyterLab shows no SVG of a notebook that it does not trust; HTML with an image it does."""
+    from nbformat.v4 import new_output
+    book = notebook.cells_of("# A\n\n```python\nSVG(x)\n```\n")
+    book.cells[1].outputs = [new_output("display_data", {"image/svg+xml": "<svg/>"}),
+                             new_output("stream", text="1")]
+    drawn, said = notebook.with_images(book).cells[1].outputs
+    data = re.fullmatch('<img src="data:image/svg.xml;base64,(.*)">', drawn.data["text/html"])[1]
+    assert base64.b64decode(data) == b"<svg/>" and said.text == "1"
+    kinds = [set(o["data"]) for c in stored["cells"] for o in c.get("outputs", []) if "data" in o]
+    assert all("text/html" in kind for kind in kinds if "image/svg+xml" in kind) and kinds
 
 
 @pytest.mark.parametrize("flags, says", [
