@@ -253,9 +253,9 @@ def take_step(game, args, learners):
     total = sum(one.alpha * term["loss"] for one, term in zip(learners, terms))
     norm = check(learning.take(game.optimizer))
     name = "L_Sol + alpha_Ch L_Ch" if len(learners) == 2 else "L_Sol"
-    print(f"\n  {name} of the step itself: {number(total, '+.6f', 'loss')}; "
-          f"gradient norm {number(norm, '.4f', 'norm')}, cut to at most {learning.CLIP:g}\n"
-          "  (learning.take)")
+    print(f"\n  {name} of the step itself: {number(total, '+.6f', 'loss')};\n"
+          f"  gradient norm {number(norm, '.4f', 'norm')}, cut to at most {learning.CLIP:g} "
+          "(learning.take)")
 
 
 def show_after(game, args, answers, solver):
