@@ -120,14 +120,14 @@ WRITTEN = {"metrics.jsonl", "games.jsonl", "settings.json", "curves.png", "evalu
            "checkpoint.safetensors", "model.safetensors", "claims.md"}
 BROUGHT = {"mine.py", "arithmetic.jsonl", "arithmetic-held-out.jsonl", "times-tables.jsonl",
            "gsm8k.jsonl", "chats.jsonl", "alpaca_eval.json", "after.json", "before.json",
-           "FILE.jsonl", "nowhere.jsonl", "alpaca.json", "style.py", "nearly.py", "negative.py",
-           "pays.png", "negative.png"}
+            "FILE.jsonl", "nowhere.jsonl", "alpaca.json", "style.py", "nearly.py", "negative.py",
+            "pays.png", "negative.png", "step.html", "pair.html"}
 FILE = r"(?:[\w.-]+/)*[\w-]+\.(?:py|md|png|jsonl?|txt|html|safetensors|cff|toml)"
 
 
 def spans_of(text):
     """What a page has between backticks, and the lines of its code blocks."""
-    text = joined_lines(text)
+    text = joined_lines(re.sub(r"(?ms)^```.*?^```", "", text))  # cells are run: test_notebook.py
     lines = text.splitlines()
     code = {i for i, line in enumerate(lines)
             if line.startswith("    ") and not re.match(r" +(?:[-*]|\d+\.) ", line)}
@@ -213,13 +213,13 @@ def known_flags():
     """{script, or evaluate.py's command: its flags}."""
     found = {}
     for path in (*GAMES, "evaluate.py", "recipes/claims.py", "recipes/train_tiny.py",
-                 "recipes/figures.py", "recipes/self_training.py", "recipes/reverse_gen.py",
-                 "recipes/multiagent.py", "recipes/lance.py", "recipes/r_zero.py",
-                 "recipes/neighbours.py"):
+                 "recipes/figures.py", "recipes/notebook.py", "recipes/pictures.py",
+                 "recipes/self_training.py", "recipes/reverse_gen.py", "recipes/multiagent.py",
+                 "recipes/lance.py", "recipes/r_zero.py", "recipes/neighbours.py"):
         found |= flags_of_parsers(path)
     # explain.py hands its flags to a game, and so does bench_llama.py. The scripts in tests/ are
     # not imported: their text says which flags they have.
-    found["recipes/explain.py"] = found["selfplay.py"] | found["spin.py"]
+    found["recipes/explain.py"] = found["selfplay.py"] | found["spin.py"] | {"--html"}
     for path in ("bench.py", "bench_llama.py", "faults.py", "fuzz.py", "track_memory.py"):
         source = (ROOT / "tests" / path).read_text()
         found[f"tests/{path}"] = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))

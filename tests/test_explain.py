@@ -1,4 +1,5 @@
 """The lessons of recipes/explain.py: what they print is the real step, and follows from itself."""
+import html
 import math
 import re
 
@@ -8,6 +9,7 @@ from conftest import ROOT, command
 import selfplay
 import spin
 from recipes import explain
+from support import lesson as pages
 
 TINY = ("--model", str(ROOT / "tiny"), "--device", "cpu")
 NUMBER = r"([+-]?\d+\.?\d*(?:e[+-]\d+)?)"
@@ -177,6 +179,103 @@ def test_pairs_that_teach_nothing_are_one_line(tmp_path, monkeypatch):
     done = command(explain, tmp_path, "spin", *TINY, "--pairs", "4")
     assert done.returncode == 2 and "try more --pairs" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+# A reward of another size, and rows of tables that are not the default's.
+LARGE = """
+def large(queries, answers):
+    return [[1e6 * len(a) for a in group] for group in answers]
+
+def pay(queries, reward, quality):
+    return reward.mean(1)
+"""
+
+
+def page_of(path):
+    """(the text of a page as it is shown, [(number, formula, place)])."""
+    body = re.search("<pre>(.*)</pre>", path.read_text(), re.DOTALL)[1]
+    spans = re.findall(
+        r'<span tabindex="0" data-formula="([^"]*)" data-place="([^"]*)">([^<]*)</span>', body)
+    return (html.unescape(re.sub("<[^>]*>", "", body)),
+            [(n, html.unescape(formula), html.unescape(place)) for formula, place, n in spans])
+
+
+@pytest.mark.parametrize("name", explain.MADE)
+def test_what_made_a_number_is_one_line_of_the_code(name):
+    place, line = explain.MADE[name].place()
+    assert re.fullmatch(r"\w+\.py:\d+", place) and explain.MADE[name].line.strip() in line
+
+
+def test_a_line_that_is_not_there_is_seen():
+    """The test above can fail."""
+    for line in ("no such line", "def "):
+        with pytest.raises(ValueError, match=r"selfplay\.py has \d+ lines"):
+            explain.MADE["A_Sol"]._replace(line=line).place()
+
+
+def test_the_page_is_the_lesson_and_its_numbers_tell_what_made_them(tmp_path):
+    done = command(explain, tmp_path, "selfplay", *TINY, "--html", "step.html")
+    shown, numbers_there = page_of(tmp_path / "step.html")
+    assert done.returncode == 0 and shown + "\nopen it in a browser: step.html\n" == done.stdout
+    source = (ROOT / "selfplay.py").read_text().splitlines()
+    made = {}
+    for n, formula, place in numbers_there:
+        made.setdefault(formula, []).append(float(n))
+        file, line = place.split("    ", 1)
+        if file.startswith("selfplay.py:"):
+            assert source[int(file.split(":")[1]) - 1].strip() == line
+    assert len(made) > 15 and len(numbers_there) > 100
+    # 12 advantages of the answers, then that of the text that is shown, then those of AFTER.
+    a_sol = made["A_Sol = R + R_Q - mean over the group"]
+    printed = [row[2] for row in numbers(r"^      \S.*? N +N +(?=[+-])N +N +N$", done.stdout)]
+    assert a_sol[:12] == printed and len(printed) == 12
+    assert "<script" not in (tmp_path / "step.html").read_text()
+
+
+def test_the_page_of_spin(tmp_path):
+    done = command(explain, tmp_path, "spin", *TINY, "--html=pair.html")
+    shown, numbers_there = page_of(tmp_path / "pair.html")
+    assert done.returncode == 0 and shown + "\nopen it in a browser: pair.html\n" == done.stdout
+    [[margin]] = numbers(r"\) = N   \(spin\.spin_margin\)", done.stdout)
+    assert margin in [float(n) for n, formula, place in numbers_there
+                      if formula.startswith("m = lambda") and place.startswith("spin.py:")]
+
+
+def test_large_numbers_fit_and_other_settings_have_their_lines(tmp_path):
+    (tmp_path / "mine.py").write_text(LARGE)
+    done = command(explain, tmp_path, "selfplay", *TINY, "--game", "lsp-zero", "--kl-form", "k2",
+                   "--reward", "mine.py:large", "--pay", "mine.py:pay", "--html", "step.html")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    formulas = {formula for _, formula, _ in page_of(tmp_path / "step.html")[1]}
+    names = ("R, another", "R_Q, another", "paid, another", "KL, another")
+    assert {explain.MADE[name].formula for name in names} <= formulas
+    assert explain.MADE["KL"].formula not in formulas
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--html", "nowhere/step.html"), "expected a file's path"), (("--html", "."), "expected a"),
+    (("--html",), "expected a"), (("--html=",), "expected a"),
+    (("--html", "there.html"), "there.html exists already")])
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path, words, says):
+    (tmp_path / "there.html").write_text("mine")
+    done = command(explain, tmp_path, "spin", *TINY, *words)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"] and not done.stdout
+
+
+def test_texts_are_cut_and_filled_up_to_columns():
+    """Letters of East Asia take two columns, so fewer of them fit."""
+    assert pages.fit("abc", 5) == "abc  " and pages.fit("abcdef", 5) == "abcde"
+    assert pages.fit("", 10) == "(nothing) " and pages.fit("a\nb", 4) == "a\\nb"
+    assert pages.fit("\u4e2d\u6587\u5b57", 5) == "\u4e2d\u6587 "
+
+
+def test_marks_are_not_printed(capsys):
+    with pages.marked() as printed:
+        print(f"V = {pages.number(0.75, '8.4f', 'V')} < 1")
+    assert capsys.readouterr().out == "V =   0.7500 < 1\n"
+    assert pages.plain(printed.text) == "V =   0.7500 < 1\n" != printed.text
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])

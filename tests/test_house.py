@@ -138,7 +138,7 @@ def test_ruff_finds_nothing():
 
 @pytest.mark.parametrize("name", ["selfplay", "spin", "evaluate", "recipes.claims",
                                   "recipes.explain", "recipes.figures", "recipes.neighbours",
-                                  "recipes.train_tiny"])
+                                  "recipes.notebook", "recipes.pictures", "recipes.train_tiny"])
 def test_every_command_says_what_it_does(name, tmp_path):
     """-h works for each file that can be started."""
     done = command(importlib.import_module(name), tmp_path, "-h")
