@@ -90,7 +90,7 @@ MADE = {
     "slope": Made("dL / d log pi = -A weight / M, as d ratio / d log pi = ratio = 1", selfplay,
                   "policy = -ratio * advantage"),
     "loss": Made("L = 1/M sum weight (-ratio A + beta KL)", selfplay,
-                 "loss = weight * (policy + beta * count * kl)"),
+                 "loss = weight * (policy + beta * kl)"),
     "policy": Made("1/M sum weight (-A): the loss without its KL; A is centred", selfplay,
                    "policy = -ratio * advantage"),
     "weight": Made("weight of a text in the loss, by its length", selfplay,

@@ -35,9 +35,20 @@ SHARED = "#f9fafb"  # by several completions
 INK, PALE, GOOD, BAD = "#1f2937", "#6b7280", "#15803d", "#b91c1c"
 
 
-def colour_of(segment):
-    """The colour of a segment: 0 the prompt, 1.. the completions."""
-    return COLOURS[0] if segment == 0 else COLOURS[1 + (segment - 1) % 5]
+def colour_of(owners):
+    """The colour of a token, by the set of completions that it is in; all are in the prompt's."""
+    if owners is None:
+        return COLOURS[0]
+    return SHARED if len(owners) > 1 else COLOURS[1 + min(owners) % 5]
+
+
+def owners_of(packed, P):
+    """Of each place of a packed row: in which completions it is; None in a prompt of P tokens."""
+    found = [None if place < P else set() for place in range(packed.ids.shape[1])]
+    for place, owner in zip(packed.source.tolist(), packed.owner.tolist()):
+        if place >= P:  # the state here predicts the completion's next token
+            found[place].add(owner)
+    return found
 
 
 def box(x, y, width, height, fill="none", text="", size=12, ink=INK):
@@ -120,24 +131,26 @@ def cache_picture(tokenizer, prompt, completions):
                 nodes.setdefault(tuple(completions[g][:t + 1]), []).append(row)
         for rows in nodes.values():
             g, alike = order[rows[0]], {tuple(completions[order[row]]) for row in rows}
-            colour = colour_of(different.index(tuple(completions[g])) + 1)
-            parts.append(box(start + cell * t, top + 26 * rows[0], cell, 26 * len(rows),
-                             colour if len(alike) == 1 else SHARED, names[g][t]))
+            colour = colour_of({different.index(ids) for ids in alike})
+            parts.append(box(start + cell * t, top + 26 * rows[0], cell, 26 * len(rows), colour,
+                             names[g][t]))
         parts.append(words(start + cell * (t + 0.5), top + 26 * G + 16,
                            f"{len(nodes)} row" + "s" * (len(nodes) > 1), 10, "middle", PALE))
     packed, = pack([prompt], [different], tokens=4096)
     shown = spell(tokenizer, packed.ids[0].tolist())
-    segment, place = packed.segment[0].tolist(), packed.positions[0].tolist()
-    y, own = top + 26 * G + 62, len(segment) - len(prompt)
-    parts += [words(left, y, "Training: the packed row, equal answers once", 14, weight="bold"),
+    last, place = packed.last[0].tolist(), packed.positions[0].tolist()
+    owners = owners_of(packed, len(prompt))
+    y, own = top + 26 * G + 62, len(last) - len(prompt)
+    parts += [words(left, y, "Training: the packed row, each beginning once", 14, weight="bold"),
               words(left, y + 20, "an end token is predicted, and never read: it is not in the row",
                     11, ink=PALE),
               box(left, y + 34, 170, 30, COLOURS[0], f"the prompt, {len(prompt)} tokens")]
     for k in range(own):
         i = len(prompt) + k
-        parts += [box(start + cell * k, y + 34, cell, 30, colour_of(segment[i]), shown[i]),
-                  words(start + cell * (k + 0.5), y + 80, f"place {place[i]}", 10, "middle", PALE),
-                  words(start + cell * (k + 0.5), y + 93, f"segment {segment[i]}", 10, "middle",
+        parts += [box(start + cell * k, y + 34, cell, 30, colour_of(owners[i]), shown[i]),
+                  words(start + cell * (k + 0.5), y + 80, f"position {place[i]}", 10, "middle",
+                        PALE),
+                  words(start + cell * (k + 0.5), y + 93, f"{i}, last {last[i]}", 10, "middle",
                         PALE)]
     width = start + cell * max(longest, own) + 14
     return svg(max(width, 540), y + 106, parts, "How a group shares its prompt")
@@ -146,13 +159,13 @@ def cache_picture(tokenizer, prompt, completions):
 def mask_picture(tokenizer, prompt, completions):
     """Who sees whom in the packed row of one group, as SVG text."""
     packed, = pack([prompt], [list(dict.fromkeys(map(tuple, completions)))], tokens=4096)
-    mask, segment = mask_of(packed)[0], packed.segment[0].tolist()
-    names, T, cell = spell(tokenizer, packed.ids[0].tolist()), len(segment), 26
+    mask, owners = mask_of(packed)[0], owners_of(packed, len(prompt))
+    names, T, cell = spell(tokenizer, packed.ids[0].tolist()), len(owners), 26
     left, top = 108, 124
     parts = [words(12, 22, "Who sees whom", 14, weight="bold"),
              words(12, 40, "a row may look at the columns that are filled", 11, ink=PALE)]
     for i in range(T):
-        colour = colour_of(segment[i])
+        colour = colour_of(owners[i])
         parts += [words(left - 8, top + cell * i + 17, names[i], 11, "end"),
                   f'<g transform="translate({left + cell * i + 17} {top - 6}) rotate(-60)">'
                   + words(0, 0, names[i], 11) + "</g>"]

@@ -31,20 +31,13 @@ def pair_sums(lp, ref):
     return (lp - ref)[:, 0] - (lp - ref)[:, 1]
 
 
-def segments(s):
-    """(same segment, prompt, not ahead) of segment [B, T], each [B, T, T]."""
-    past = torch.ones(s.shape[1], s.shape[1], dtype=torch.bool).tril()
-    return s[:, :, None] == s[:, None, :], (s == 0)[:, None, :], past.expand(len(s), -1, -1)
+def causal(last):
+    return torch.ones(last.shape[1], last.shape[1], dtype=torch.bool).tril().expand(
+        len(last), -1, -1)
 
 
-def own_only(s):
-    own, _, past = segments(s)
-    return own & past
-
-
-def looks_ahead(s):
-    own, prompt, _ = segments(s)
-    return own | prompt
+def places(last):
+    return torch.arange(last.shape[1])[:, None]  # [T, 1]: of who looks
 
 
 def wrong_centre(R, Q):
@@ -64,8 +57,9 @@ def without_quality(R, Q):
 
 WEIGHTS = torch.arange(8.0) / 7
 MISTAKES = {
-    1: {"causal alone": lambda s: segments(s)[2], "without the prompt": own_only,
-        "it looks ahead": looks_ahead},
+    1: {"causal alone": causal,
+        "it looks ahead": lambda last: places(last) <= last[:, None, :],
+        "not at the last one": lambda last: causal(last) & (places(last) < last[:, None, :])},
     2: {"the likeliest grade": lambda x, d: x[:, d].argmax(-1) / 7.0,
         "among all tokens": lambda x, d: x.softmax(-1)[:, d] @ WEIGHTS,
         "in points": lambda x, d: 7 * x[:, d].softmax(-1) @ WEIGHTS},
@@ -118,7 +112,7 @@ def test_the_right_values_by_hand():
     assert a_sol.tolist() == [pytest.approx([0.5, -0.5, -0.5, 0.5]), pytest.approx([0.0] * 4)]
     assert a_ch.tolist() == pytest.approx([-0.05, 0.05])  # -0.5 + 0.5 = 0, and 0 + 0.1
     assert right(5, [-1.0], [-2.0]).tolist() == pytest.approx([0.367879], abs=1e-5)
-    assert right(1, [[0, 0, 1, 2]]).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0],
+    assert right(1, [[3, 3, 2, 3]]).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0],
                                                         [1, 1, 0, 1]]]
     lp, ref = check.tensors([[-1.0, -3.0]], [[-2.0, -2.0]])  # m = 1 - (-1) = 2
     assert check.EXERCISES[7].right(lp, ref, 1.0).tolist() == pytest.approx([0.126928], abs=1e-5)
@@ -129,10 +123,10 @@ def test_the_right_values_by_hand():
 def test_the_mask_is_the_one_of_a_packed_row():
     """The docstring of model.Packed draws this row."""
     import model
-    packed, = model.pack([[10, 11]], [[[5, 6, 2], [7, 2]]])
-    mask = check.packed_mask(packed.segment)[0].int().tolist()
-    assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
-                    [1, 1, 0, 0, 1]]
+    packed, = model.pack([[10, 11]], [[[5, 6, 2], [5, 7, 2], [8, 2]]])
+    mask = check.packed_mask(packed.last)[0].int().tolist()
+    assert mask == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+                    [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0], [1, 1, 0, 0, 0, 1]]
 
 
 def test_the_files_wait_for_an_answer(tmp_path):

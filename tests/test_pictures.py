@@ -29,10 +29,11 @@ def test_the_pictures_are_up_to_date(tiny):
 
 
 def test_the_mask_is_that_of_the_docstring():
-    """The row that model.Packed draws: prompt p q, completions a b e and c e."""
-    packed, = pack([[10, 11]], [[[5, 6, 2], [7, 2]]])
+    """The row that model.Packed draws: prompt p q, completions a b e, a c e and d e."""
+    packed, = pack([[10, 11]], [[[5, 6, 2], [5, 7, 2], [8, 2]]])
     rows = ["".join(" x"[cell] for cell in row).rstrip() for row in pictures.mask_of(packed)[0]]
-    assert rows == ["x", "xx", "xxx", "xxxx", "xx  x"]
+    assert rows == ["x", "xx", "xxx", "xxxx", "xxx x", "xx   x"]
+    assert pictures.owners_of(packed, 2) == [None, None, {0, 1}, {0}, {1}, {2}]
 
 
 def test_the_mask_picture_fills_what_the_mask_allows(group):
@@ -53,12 +54,12 @@ def test_the_cache_picture_counts_the_rows_of_the_cache(group):
     texts = texts_of(pictures.cache_picture(tokenizer, prompt, completions))
     assert [text for text in texts if re.fullmatch(r"\d+ rows?", text)] == [
         "2 rows", "3 rows", "1 row"]
-    # The packed row: 8, 9, 81 without their ends, each behind the prompt.
+    # The packed row: 8 and 81 without their ends, as one branch behind the prompt, then 9.
     after = texts[texts.index(f"the prompt, {len(prompt)} tokens") + 1:]
     P = len(prompt)
-    assert after[0::3] == ["8", "9", "8", "1"]
-    assert after[1::3] == [f"place {p}" for p in (P, P, P, P + 1)]
-    assert after[2::3] == [f"segment {s}" for s in (1, 2, 3, 3)]
+    assert after[0::3] == ["8", "1", "9"]
+    assert after[1::3] == [f"position {p}" for p in (P, P + 1, P)]
+    assert after[2::3] == [f"{P}, last {P + 1}", f"{P + 1}, last {P + 1}", f"{P + 2}, last {P + 2}"]
 
 
 def test_the_flow_picture_has_the_advantages():

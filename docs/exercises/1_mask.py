@@ -2,12 +2,12 @@
 import torch
 
 
-def packed_mask(segment: torch.Tensor) -> torch.Tensor:
-    """True where a position may look: [B, T, T] of bool, of segment [B, T].
+def packed_mask(last: torch.Tensor) -> torch.Tensor:
+    """True where a place may look: [B, T, T] of bool, of last [B, T].
 
-    A row holds a prompt and several of its completions, side by side. segment says which part a
-    position belongs to: 0 the prompt, 1 the first completion, 2 the second, ..
-    mask[b, i, j]: may position i of row b look at position j? Nobody looks ahead. A completion sees
-    the prompt and itself, and never another completion. See model.Packed.
+    A row holds a prompt and its completions as a tree, each branch from its beginning to its end
+    before the next. last[b, j] is the place of the last token that continues the token at j.
+    mask[b, i, j]: may place i of row b look at place j? Nobody looks ahead, and a token sees the
+    tokens that it continues, and itself. See model.Packed.
     """
     ...

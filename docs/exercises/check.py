@@ -51,7 +51,7 @@ def k3(log_pi, log_ref):
     return selfplay.KL["k3"](log_ref - log_pi)
 
 
-def packed_mask(segment):
+def packed_mask(last):
     """The mask that model.states hands to a model; here the model only looks at it."""
     seen = []
 
@@ -59,7 +59,7 @@ def packed_mask(segment):
         seen.append(mask[:, 0])
         return torch.zeros(*ids.shape, 1)
     nothing = torch.zeros(0, dtype=torch.long)
-    model.states(look, model.Packed(segment, segment, segment, nothing, nothing, nothing, nothing))
+    model.states(look, model.Packed(last, last, last, nothing, nothing, nothing, nothing))
     return seen[0]
 
 
@@ -92,13 +92,13 @@ def tensors(*values):
 
 EIGHT = list(range(8))
 EXERCISES = {
-    1: Exercise("1_mask.py", "packed_mask", "segment", packed_mask, [
+    1: Exercise("1_mask.py", "packed_mask", "last", packed_mask, [
         tensors([[0]]),
-        tensors([[0, 0]]),
-        tensors([[0, 1]]),
-        tensors([[0, 1, 2]]),
-        tensors([[0, 0, 1, 1, 2]]),
-        tensors([[0, 0, 1, 1, 2], [0, 1, 1, 2, 2]])]),
+        tensors([[1, 1]]),
+        tensors([[2, 1, 2]]),
+        tensors([[3, 3, 2, 3]]),
+        tensors([[5, 5, 4, 3, 4, 5]]),
+        tensors([[5, 5, 4, 3, 4, 5], [3, 1, 3, 3, 6, 6]])]),
     2: Exercise("2_judge.py", "expected_score", "logits, digits", expected_score, [
         tensors([[0.0] * 8], EIGHT),
         tensors([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 2.5]], EIGHT),
