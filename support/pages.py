@@ -134,7 +134,9 @@ def page(name, question, r, wanted, said=""):
         lines += [wrapped(f"**A quick look ({said.strip()}). It shows the shape of the answer, and "
                           "decides nothing.**"), ""]
     if lacking:
-        lines += [f"**{lacking} of {sum(wanted.values())} runs are missing.**", ""]
+        lines += [wrapped(f"**{lacking} of {sum(wanted.values())} runs are missing.** Of a run "
+                          "with one seed, the interval leaves out the chance between seeds: its "
+                          "verdicts are leads, not results."), ""]
     seeds, commits = ({x[key] for x in results} for key in ("seed", "commit"))
     return "\n".join([
         *lines, f"![{question.title}]({name}.png)", "", table(question, r), "", wrapped(LEGEND), "",

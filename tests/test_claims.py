@@ -256,7 +256,7 @@ def test_a_page_and_its_picture_are_drawn_from_results_alone(name, tmp_path, cap
     text = (tmp_path / f"{name}.md").read_text()
     assert text in capsys.readouterr().out and (tmp_path / f"{name}.png").stat().st_size > 10000
     last = QUESTIONS[name].runs[-1].name
-    assert f"| {last} | 0 | missing |" in text and "runs are missing.**" in text
+    assert f"| {last} | 0 | missing |" in text and "runs are missing.** Of" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1 and rows[2].startswith("| start | 3 | 50.0")
     assert text.count("\n- **") == len(QUESTIONS[name].claims)
