@@ -1,6 +1,7 @@
 """The course as a notebook: it agrees with its page, its outputs are stored, and all cells run."""
 import base64
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
