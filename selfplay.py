@@ -252,7 +252,7 @@ def score(game, rows, answers):
     reward = referees.judged(game.referee, queries, answers, data.columns(rows))
     quality = torch.zeros_like(reward)
     if game.judge:
-        quality = referees.judged(game.judge, queries, answers)
+        quality = referees.judged(game.judge, queries, answers, what="judge")
     return game.crew.merged((reward, quality))
 
 
@@ -352,9 +352,9 @@ SETTINGS = [
      "weight of the quality self-reward R_Q, in lsp; R_Q is 0 to 1, so 7 counts points"),
     ("--quality-challenger", ZERO_TOO, None, None,
      "the same in what the Challenger is paid; without it: as --quality, as in the paper"),
-    ("--judge", ("expected", "written"), "expected", "expected",
-     "how R_Q is read: the expected grade of one forward pass, or (with a real model) a written "
-     "verdict, as in the paper"),
+    ("--judge", str, "expected", "expected",
+     "who gives R_Q: expected, the reference by its mean grade; written (with a real model), by a "
+     "verdict in words, as in the paper; or file.py:function of (query texts, answers), 0 to 1"),
     ("--kl", ZERO_TOO, 0.005, 0.05, "beta, weight of the Solver's KL to the starting model"),
     ("--kl-challenger", ZERO_TOO, 0.1, 0.05,
      "beta_Ch, the same for the Challenger; the paper has one beta for both"),
@@ -463,7 +463,7 @@ def set_up(args, device, crew=machine.Crew()):
     adapters = config.adapter_size(args.lora, args.lora_targets)
     kept = (args.steps - 1) // args.keep_every if args.keep_every else 0
     runs.check_disk(args, count, adapters, optimizer_floats=2, models=1 + kept)
-    referee, readers, pay = load_judgement(args, device, dtype, template, rows, held)
+    referee, readers, pay, judge = load_judgement(args, device, dtype, template, rows, held)
     # Several processes share the weights out, and each begins with all of them on the CPU. There
     # the reference is loaded anew, so that each process holds one whole copy at a time. (With LoRA
     # each process has the whole frozen model, and only the adapters' gradients are exchanged.)
@@ -483,11 +483,11 @@ def set_up(args, device, crew=machine.Crew()):
         own = [] if args.lora else [reference]  # with LoRA its weights are the model's
         for frozen in own + [part.model for part in readers]:
             machine.offload(frozen)
-    judge = prompt = None
     if args.game == "lsp" and args.judge == "expected":
         judge = QualityReward(reference, tokenizer, args.micro_batch)
-    elif args.game == "lsp":
+    elif args.game == "lsp" and args.judge == "written":
         judge = WrittenQuality(reference, tokenizer)
+    prompt = None
     if args.game != "grpo":
         prompt = challenger_prompt(tokenizer, args.task, args.template)
     reads = [(lambda row, part=part: part.ids(row.messages, ""), part.model.config.context)
@@ -519,9 +519,9 @@ def set_up(args, device, crew=machine.Crew()):
 
 
 def load_judgement(args, device, dtype, template, rows, held):
-    """(referee, those of its parts that are reward models, pay). Raises UserError.
+    """(referee, those of its parts that are reward models, pay, judge). Raises UserError.
 
-    rows: to learn from, or None. held: for scores, or None.
+    rows: to learn from, or None. held: for scores, or None. judge: of the user's own, or None.
     """
     referee = load_referee(args.reward, device, dtype, template, args.micro_batch)
     parts = referees.parts_of(referee)
@@ -530,7 +530,11 @@ def load_judgement(args, device, dtype, template, rows, held):
             console.asked_for(part, data.columns(asked))
     pay = PAY.get(args.pay) or console.users_function(
         args.pay, "--pay", "pay", f"{', '.join(PAY)} or file.py:function", given=3)
-    return referee, [part for part in parts if hasattr(part, "ids")], pay
+    judge = None
+    if args.judge not in ("expected", "written"):
+        judge = console.users_function(args.judge, "--judge", "judge",
+                                       "written, expected or file.py:function")
+    return referee, [part for part in parts if hasattr(part, "ids")], pay, judge
 
 
 def plan(args, processes=1, longest=None):

@@ -225,6 +225,7 @@ GOES_ON = Question(
 PAID = {pay: play(f"LSP paid {pay}", 500, f"--pay {pay}")
         for pay in ("r-zero", "absolute-zero", "sqlm", "spice")}
 BOTH = "--answers 32 --kl 0 --pay r-zero"
+OWN = "--judge recipes/own_answer.py:agrees"
 VARIANTS = [
     LSP, ZERO, *PAID.values(),
     play("LSP, 32 answers", 500, "--answers 32"), play("LSP, 64 queries", 500, "--queries 64"),
@@ -233,6 +234,9 @@ VARIANTS = [
     play("LSP, rate 3e-4", 500, "--lr 3e-4"),
     play("LSP, divided by the deviation", 500, "--advantage std"),
     play("LSP, mean over tokens", 500, "--aggregate mean"),
+    play("LSP, the judge answers itself", 500, OWN),
+    play("LSP, the judge answers itself, for the Solver alone", 500,
+         f"{OWN} --quality-challenger 0"),
     play("LSP, 32 answers, no KL, paid r-zero", 500, BOTH)]
 LONGER = [LONG[2500], play("LSP, 32 answers, no KL, paid r-zero, 2,500 steps", 2500, BOTH)]
 

@@ -9,16 +9,17 @@ import torch
 from support.console import UserError, asked_for
 
 
-def judged(referee, queries, answers, columns={}):
+def judged(referee, queries, answers, columns={}, what="reward"):
     """A referee's rewards as float32 [N, G] on the CPU.
 
     columns: {name: N values} that a referee may ask for by name (data.columns). It gets copies, so
-    it cannot change what is played. Raises UserError for a wrong shape, NaN or infinity.
+    it cannot change what is played. what: its part in the game, for the errors. Raises UserError
+    for a wrong shape, NaN or infinity.
     """
     name = getattr(referee, "__name__", type(referee).__name__)
     asked = asked_for(referee, columns)
     rewards = referee([*queries], [[*group] for group in answers], **copy.deepcopy(asked))
-    return numbers(rewards, [len(queries), len(answers[0])], f"the reward {name}")
+    return numbers(rewards, [len(queries), len(answers[0])], f"the {what} {name}")
 
 
 def numbers(values, shape, who):

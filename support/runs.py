@@ -169,9 +169,9 @@ def check_lora(args):
 def other_files(args):
     """{file: its CRC-32} of what a run depends on besides weights and data.
 
-    They are the files of users' functions (--reward, --pay), and the tokenizer's.
+    They are the files of users' functions (--reward, --pay, --judge), and the tokenizer's.
     """
-    specs = f"{getattr(args, 'reward', '')},{getattr(args, 'pay', '')}".split(",")
+    specs = ",".join(str(getattr(args, flag, "")) for flag in ("reward", "pay", "judge")).split(",")
     paths = [Path(spec.partition(".py:")[0] + ".py") for spec in specs if ".py:" in spec]
     paths += [Path(args.model) / name for name in TOKENIZER_FILES]
     return {str(path): zlib.crc32(path.read_bytes()) for path in paths if path.is_file()}

@@ -245,7 +245,8 @@ class Queue:
             if not run.command or finished(folder):
                 return folder
             model = self.play(run.after, seed) if run.after else START
-            script, *flags = run.command.split()
+            script, *flags = run.command.split()  # a recipe's file is the project's
+            flags = [str(ROOT / word) if word.startswith("recipes/") else word for word in flags]
             if (folder / runs.CHECKPOINT).is_file():
                 self.call(script, "--resume", Path("runs") / folder.name)
             else:

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import sys
+import zlib
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import evaluate
 import model as llama
 import selfplay
 import spin
-from recipes import lance, multiagent, neighbours, r_zero, reverse_gen, self_training
+from recipes import lance, multiagent, neighbours, own_answer, r_zero, reverse_gen, self_training
 from support import console, forks, learning, report, trials
 from tiny import language
 
@@ -474,3 +475,22 @@ def test_the_page_shows_the_results_that_are_kept():
     """The table in docs/recipes.md is drawn from docs/results/recipes/."""
     r = trials.Results(trials.read_results(neighbours.RESULTS), neighbours.SET)
     assert neighbours.table(r) in (ROOT / "docs" / "recipes.md").read_text()
+
+
+def test_a_judge_that_answers_itself(tiny):
+    """An answer's quality is how many of the start's own 16 answers are the same.
+
+    The same queries get the same grades, so a resumed run goes on to the same bits.
+    """
+    queries = ["Add 2 and 3.", 'Take "kobani", reverse it.']
+    grades, again = (own_answer.agrees(queries, [["5", "6", "5"], ["inabok", "kobani", ""]])
+                     for _ in range(2))
+    assert grades == again and grades[0][0] == grades[0][2] > grades[0][1]
+    assert grades[1][0] > grades[1][1]
+    luck = torch.Generator().manual_seed(zlib.crc32("Add 2 and 3.".encode()))
+    prompt = tiny[1].chat([{"role": "user", "content": "Add 2 and 3."}])
+    ids = llama.generate(tiny[0], [prompt], 16, 24, generator=luck).ids
+    texts = [tiny[1].decode(answer) for answer in ids]
+    different = [*dict.fromkeys(texts), "of nobody"]
+    assert own_answer.agrees(["Add 2 and 3."], [different]) == [
+        [texts.count(text) / 16 for text in different]]

@@ -469,6 +469,23 @@ def test_a_pay_of_ones_own(tmp_path):
         assert says in run(tmp_path, *small, "--pay", f"mine.py:{name}", expect=2).stderr
 
 
+def test_a_judge_of_ones_own(tmp_path):
+    """It sees texts, and its grades are what the game records as quality."""
+    (tmp_path / "mine.py").write_text(
+        "def brief(queries, answers):\n"
+        "    return [[1 / (1 + len(answer)) for answer in group] for group in answers]\n"
+        "def flat(queries, answers):\n"
+        "    return [0 for query in queries]\n")
+    small = [*TINY, "--steps", "1", "--queries", "2", "--answers", "8"]
+    run(tmp_path, *small, "--judge", "mine.py:brief", "--run", "a")
+    for game in read_lines(tmp_path / "runs" / "a" / "games.jsonl")[0]["games"]:
+        answers = [a for a in game["answers"] for _ in range(a["times"])]
+        quality = [1 / (1 + len(a["answer"])) for a in answers]
+        assert [a["quality"] for a in answers] == pytest.approx(quality, abs=1e-3)
+    done = run(tmp_path, *small, "--judge", "mine.py:flat", expect=2)
+    assert "the judge flat returned shape [2]; expected [2, 8]" in done.stderr
+
+
 def test_models_that_are_kept_on_the_way(tmp_path):
     """--keep-every 2 of five steps: two of them, each as it stood then, and the last one.
 
@@ -766,6 +783,7 @@ def test_challenger_prompt_has_its_two_variables(real_llama):
     (["--reward", "mine.py:absent"], "has no function"),
     (["--reward", "mine.py:nan"], "NaN"), (["--reward", "mine.py:flat"], "shape"),
     (["--run", "taken"], "exists already"), (["--judge", "written"], "can only say a digit"),
+    (["--judge", "strict"], "expected written, expected or file.py:function"),
     (["--task", "x"], "has its own"), (["--game", "grpo", "--pay", "sqlm"], "--pay means"),
     (["--reward", "math"], "from --data alone"), (["--run", "../away"], "not a plain folder name"),
     (["--device", "abacus"], "no such device"),

@@ -1,0 +1,34 @@
+"""A judge that answers itself: an answer is as good as it is frequent among the start's own.
+
+LSP's judge reads a query with its answer, and grades both. This one is asked the query alone,
+ANSWERS times. R_Q is the share of its answers that are the same as the policy's (self-consistency,
+arXiv 2203.11171). So it says nothing of how a query is written, only whether the start is sure of
+its answer.
+
+    python selfplay.py --judge recipes/own_answer.py:agrees
+"""
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import generate, load
+
+ANSWERS, TOKENS = 16, 24
+start, tokenizer = load(ROOT / "tiny")  # frozen: no step is ever taken on it
+
+
+@torch.no_grad()
+def agrees(queries, answers):
+    """R_Q [N, G], 0 to 1, of N texts and N lists of G texts. The same queries get the same."""
+    luck = torch.Generator().manual_seed(zlib.crc32("\n".join(queries).encode()))
+    room = start.config.context - TOKENS
+    prompts = [tokenizer.chat([{"role": "user", "content": q}], room=room) for q in queries]
+    ids = generate(start, prompts, ANSWERS, TOKENS, generator=luck).ids  # N x ANSWERS lists
+    own = [tokenizer.spoken(tokenizer.decode(answer)) for answer in ids]
+    return [[own[i * ANSWERS:(i + 1) * ANSWERS].count(answer) / ANSWERS for answer in group]
+            for i, group in enumerate(answers)]
