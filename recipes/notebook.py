@@ -77,9 +77,9 @@ def with_outputs_of(notebook, old):
 def main(argv=None):
     """Make the notebook of the page."""
     parser = argparse.ArgumentParser(prog="notebook.py", description=__doc__.split(":")[0] + ".",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--out", default=str(NOTEBOOK), help="the notebook to write")
+    parser.add_argument("--out", default=str(NOTEBOOK),
+                        help="the notebook to write (default: the project's docs/course.ipynb)")
     parser.add_argument("--no-run", action="store_true",
                         help="keep the outputs that are stored in --out")
     args = parser.parse_args(argv)
