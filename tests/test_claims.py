@@ -423,7 +423,7 @@ def test_without_a_name_the_questions_are_listed(tmp_path):
     assert done.returncode == 0 and not (tmp_path / "x").exists()
     for name, question in QUESTIONS.items():
         assert name in done.stdout and question.title in done.stdout
-    assert re.search(r"30 runs, 30 of them to be played: about \d+ minutes of one", done.stdout)
+    assert re.search(r"36 runs, 36 of them to be played: about \d+ minutes of one", done.stdout)
 
 
 def test_cost_goes_by_what_a_run_took_before(tmp_path):
