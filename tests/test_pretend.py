@@ -248,7 +248,7 @@ def without_seconds(rows):
 
 
 @pytest.mark.parametrize("module, device, flags", [
-    (selfplay, "cuda", (*LSP, "--steps", "3", "--eval-every", "2", "--low-memory")),
+    (selfplay, "cuda", (*LSP, "--steps", "2", "--eval-every", "2", "--low-memory")),
     (spin, "mps", (*SPIN, "--lora", "2"))], ids=["lsp", "spin"])
 def test_a_run_is_stopped_and_resumed_on_a_gpu(module, flags, device, tmp_path):
     """It is the run of the CPU. To the bit on mps, which has the same attention and optimizer."""
