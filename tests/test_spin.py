@@ -490,7 +490,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-SHORT = ("--pairs", "40", "--batch", "16", "--epochs", "1", "--eval-items", "20", "--lr", "3e-4")
+SHORT = ("--pairs", "40", "--batch", "16", "--epochs", "1", "--eval-items", "6", "--lr", "3e-4")
 
 
 @pytest.fixture(scope="module")
