@@ -227,7 +227,7 @@ class Llama(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for p in self.parameters():
-            if p.dim() == 2:
+            if p.dim() == 2 and not p.is_meta:  # on meta there are no numbers to draw
                 nn.init.normal_(p, std=0.02)
 
     @property

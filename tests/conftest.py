@@ -1,16 +1,19 @@
 """What all tests share: the import path, a small random Llama, and the committed tiny model."""
 import contextlib
+import functools
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 # Real data that is not part of the project. Tests that need it are skipped where it is missing.
@@ -22,14 +25,30 @@ each = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", each)))
 
 import model as llama
-from support import console, report
-from support.text import Tokenizer
+from support import console, report, text
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """(model, tokenizer) as committed. A test that changes weights loads a model of its own."""
     return llama.load(ROOT / "tiny")
+
+
+def first_layers(layers, folder):
+    """The committed model without its later layers, in a folder. What it writes makes no sense."""
+    for file in (ROOT / "tiny").glob("*.json"):
+        shutil.copy(file, folder)
+    config = json.loads((ROOT / "tiny" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    weights = {name: weight for name, weight in load_file(ROOT / "tiny/model.safetensors").items()
+               if "layers" not in name or int(name.split(".")[2]) < layers}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+# For runs of which it does not matter what is said. They take half as long as with the whole model.
+_temporary = tempfile.TemporaryDirectory()  # it is gone when Python ends
+HALF = first_layers(2, Path(_temporary.name))
 
 
 def command(module, folder, *flags):
@@ -108,14 +127,24 @@ def copy_tokenizer(folder, **settings):
 
 
 def llama3_tokenizer(folder, template, **settings):
-    """A Tokenizer with Llama 3's own vocabulary, in a folder, with this chat template."""
+    """A Tokenizer with Llama 3's own vocabulary, in a folder, with this chat template.
+
+    The vocabulary is the same for all of them: it is read once.
+    """
     if not (SHARED / "llama3_tokenizer").is_dir():
         pytest.skip("Llama 3's vocabulary is not at hand (../shared/data)")
     shutil.copy(SHARED / "llama3_tokenizer" / "tokenizer.json", folder)
     settings |= {"chat_template": template, "bos_token": "<|begin_of_text|>",
                  "eos_token": "<|eot_id|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return Tokenizer(folder)
+    vocabulary = llama3_vocabulary()
+    with mock.patch.object(text, "_read_tokenizer", lambda path: vocabulary):
+        return text.Tokenizer(folder)
+
+
+@functools.cache
+def llama3_vocabulary():
+    return text._read_tokenizer(SHARED / "llama3_tokenizer" / "tokenizer.json")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, MASKS = torch.device("cpu"), (torch.bool, torch.uint8)
@@ -43,6 +42,17 @@ WAIT = {"aten::_local_scalar_dense": "item", "aten::nonzero": "nonzero", "aten::
         "aten::bincount": "bincount", "aten::repeat_interleave": "repeat_interleave"}
 UPLOADS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)  # of Python's numbers
 COPIES = ("aten::copy_", "aten::_foreach_copy_")  # these may have tensors of two devices
+
+
+def tensors_of(value):
+    """The tensors in an operation's arguments or result, and in lists, tuples and dicts of them."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for part in value for tensor in tensors_of(part)]
 
 
 class Marks:
@@ -215,7 +225,7 @@ class Played(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         gpu, kwargs, name = self.gpu, kwargs or {}, func._schema.name
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = tensors_of((args, kwargs))
         played = any(t in gpu.here for t in tensors)
         if played and not gpu.copying:
             gpu.operations.add(str(func).removeprefix("aten.").removesuffix(".default"))
@@ -224,8 +234,8 @@ class Played(TorchDispatchMode):
         before = {t.untyped_storage()._cdata for t in tensors}
         out = func(*args, **kwargs)
         if played and not gpu.copying:
-            for t in tree_leaves(out):
-                if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before:
+            for t in tensors_of(out):
+                if t.untyped_storage()._cdata not in before:
                     gpu.put(t)
         return out
 
@@ -235,7 +245,7 @@ class Played(TorchDispatchMode):
         away = [t for t in tensors if t not in gpu.here]
         if name in COPIES:
             if away and not (kwargs.get("non_blocking") or True in args[2:]):
-                gpu.wait("upload" if tree_leaves(args[0])[0] in gpu.here else "download")
+                gpu.wait("upload" if tensors_of(args[0])[0] in gpu.here else "download")
             return
         if name in ("aten::index", "aten::index_put", "aten::index_put_"):
             away = self.indexed(args, away)
@@ -247,7 +257,7 @@ class Played(TorchDispatchMode):
         scalars = torch.Tag.pointwise in func.tags or "_foreach" in name or "index_put" in name
         written = [value for value, arg in zip(args, func._schema.arguments)
                    if arg.alias_info and arg.alias_info.is_write]
-        if any(t.dim() or not scalars or any(t is w for w in tree_leaves(written)) for t in away):
+        if any(t.dim() or not scalars or any(t is w for w in tensors_of(written)) for t in away):
             raise RuntimeError("Expected all tensors to be on the same device, but found at least "
                                f"two devices, {gpu.device} and cpu! ({name})")
 

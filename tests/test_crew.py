@@ -21,12 +21,15 @@ import selfplay
 import spin
 from support import console, learning, machine, runs
 
-# Two updates on given games, with two ways of adding up, and four on given pairs, in both games of
-# spin.py: by two processes, by four, and by one alone. All of them are forked from one process, as
-# it takes long to start each by itself. What torchrun would tell them is in the environment. The
-# losses and weights are written to a folder.
-UPDATE = """
-import copy, json, os, random, sys, traceback
+# Several crews, each in its folder. All of their processes are forked from this one, as it takes
+# long to start each by itself. What torchrun would tell them is in the environment.
+#   updates: two updates on given games, with two ways of adding up, and four on given pairs, in
+#            both games of spin.py: by two processes, by four, and by one alone. Two blocks of the
+#            model are enough. The losses and weights are written to a folder.
+#   joined:  selfplay.py goes on with a run that one process alone began.
+#   pairs:   see PAIRS.
+CREWS = """
+import copy, json, os, random, runpy, signal, sys, traceback
 import torch, torch.distributed as dist, torch.distributed.fsdp
 import model as llama, selfplay, spin
 from support import learning, machine
@@ -40,6 +43,8 @@ game = selfplay.Game(**dict.fromkeys(selfplay.Game._fields) | {
     "model": tiny, "tokenizer": tokenizer, "prompt": selfplay.challenger_prompt(tokenizer),
     "generator": torch.Generator().manual_seed(5), "crew": machine.Crew()})
 rows, answers, challenger, solver = selfplay.play(game, args)  # all have the same games
+tiny.blocks, tiny.config.num_hidden_layers = tiny.blocks[:2], 2
+tiny.raw["num_hidden_layers"] = 2
 torch.manual_seed(0)
 reward, quality = torch.rand(8, 4), torch.rand(8, 4)
 
@@ -107,38 +112,67 @@ def pair_updates(crew, name):
             json.dump([ref.tolist(), figures], file)
 
 
-def everything(crew):
+def updates_of_all_kinds(crew=None):
+    several = crew is None
+    if several:
+        crew, _ = machine.join("cpu")
     for aggregate in ("sum", "token", "lora"):
         updates(crew, aggregate)
     for name in ("spin", "sft", "spin with lora"):
         pair_updates(crew, name)
+    if several:
+        machine.leave(crew)
 
 
-def one_of(size, rank, pipe):
+def script(path, *words):
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
+
+
+CREWS = [  # processes, folder, what they do
+    (2, "updates", updates_of_all_kinds), (4, "updates", updates_of_all_kinds),
+    (2, "joined", lambda: script(selfplay.__file__, "--resume", "runs/a")),
+    (2, "pairs", lambda: script(
+        "pairs.py", "--model", args.model, "--device", "cpu", "--iterations", "2", "--pairs", "13",
+        "--batch", "5", "--epochs", "1", "--eval-items", "2", "--save-every", "2"))]
+
+
+def one_of(size, rank, pipe, folder, play):
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": os.read(pipe, 5).decode(), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     try:
-        crew, _ = machine.join("cpu")
-        everything(crew)
-        machine.leave(crew)
+        play()
         os._exit(0)  # run_command ends one of several processes in this way, too
     except BaseException:
         traceback.print_exc()
         os._exit(1)
 
 
-children, pipes, stores = [], {2: os.pipe(), 4: os.pipe()}, []
-for size, (pipe, _) in pipes.items():
+crew_of, pipes, stores, failed = {}, [], [], False
+for size, folder, play in CREWS:
+    pipes.append(os.pipe())
     for rank in range(size):
-        children.append(os.fork())
-        if not children[-1]:
-            one_of(size, rank, pipe)
+        child = os.fork()
+        if not child:
+            one_of(size, rank, pipes[-1][0], folder, play)
+        crew_of[child] = pipes[-1]
 # Only now: a store is a thread, and whoever is forked while it holds a lock would wait for ever.
-for size, (_, pipe) in pipes.items():
+for (size, _, _), (_, pipe) in zip(CREWS, pipes):
     stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     os.write(pipe, size * f"{stores[-1].port:5}".encode())
-everything(machine.Crew())
-sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+os.chdir("updates")
+updates_of_all_kinds(machine.Crew())
+while crew_of:
+    child, code = os.wait()
+    ended = crew_of.pop(child)
+    for other, pipe in crew_of.items():
+        if code and pipe == ended:  # the others would wait for it
+            os.kill(other, signal.SIGKILL)
+    failed |= code > 0
+sys.exit(failed)
 """
 
 # A user's reward. By the environment, one process dies in the fifth step, or the first process has
@@ -167,7 +201,7 @@ def mine(queries, answers):
     return [[float(len(answer) % 3) for answer in group] for group in answers]
 """
 
-# A run of spin.py, by processes that torchrun started: whole; stopped while the opponent answers;
+# A run of spin.py, by several processes: whole; stopped while the opponent answers;
 # gone on with, and stopped in the middle of an iteration; gone on with to its end. Each time one
 # process alone gets the signal. The processes play all of that, as it takes long to start them.
 PAIRS = """
@@ -268,22 +302,28 @@ def jobs(tmp_path_factory):
     (folder / "mine.py").write_text(MINE)
     found["died"] = folder, two(folder, *FLAGS, "--reward", "mine.py:mine", "--steps", "8",
                                 "--run", "a", LUCK="out")
-    folder = folder_of("joined")
-    killed_in_step(3, folder, *FLAGS, "--steps", "4", "--run", "a")
-    found["joined"] = folder, two(folder, "--resume", "runs/a")
-    folder = folder_of("updates")
-    (folder / "update.py").write_text(UPDATE)
-    found["updates"] = folder, start(folder, "update.py", ROOT / "tiny")
-    folder = folder_of("pairs")
-    (folder / "pairs.py").write_text(PAIRS)
-    found["pairs"] = folder, two(
-        folder, "--model", ROOT / "tiny", "--device", "cpu", "--iterations", 2, "--pairs", 13,
-        "--batch", 5, "--epochs", 1, "--eval-items", 2, "--save-every", 2, script="pairs.py")
+    folder = folder_of("crews")
+    for name in ("updates", "joined", "pairs"):
+        (folder / name).mkdir()
+    killed_in_step(3, folder / "joined", *FLAGS, "--steps", "4", "--run", "a")
+    (folder / "pairs" / "pairs.py").write_text(PAIRS)
+    (folder / "crews.py").write_text(CREWS)
+    found["crews"] = folder, start(folder, "crews.py", ROOT / "tiny")
     yield found
     for _, process in found.values():
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)  # torchrun then ends its own processes
             process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def crews(jobs):
+    """The folder of the crews, once all of them have played."""
+    folder, process = jobs["crews"]
+    _, said = process.communicate(timeout=120)
+    said += "".join(path.read_text() for path in folder.glob("*/err"))
+    assert process.returncode == 0, said
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -356,13 +396,11 @@ def test_a_run_of_two_goes_on_with_two_and_then_alone(died, tmp_path):
     assert not list(run.glob("checkpoint*"))
 
 
-def test_a_run_of_one_goes_on_with_two(jobs):
+def test_a_run_of_one_goes_on_with_two(crews):
     """One of them writes, and one speaks: there is one scoreboard."""
-    folder, process = jobs["joined"]
-    out, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert out.count("on from step 2") == out.count("win rate against") == 1, said
-    run = folder / "runs" / "a"
+    out = (crews / "joined" / "out").read_text()
+    assert out.count("on from step 2") == out.count("win rate against") == 1
+    run = crews / "joined" / "runs" / "a"
     assert len(steps_of(run)[0]) == 4
     llama.load(run / "model")
     assert not list(run.glob("checkpoint*"))
@@ -370,24 +408,30 @@ def test_a_run_of_one_goes_on_with_two(jobs):
 
 def distance(model, other):
     """The largest difference between two weights."""
-    pairs = zip(model.parameters(), other.parameters())
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
-def test_the_same_updates_as_one_process(jobs, tiny):
+@pytest.fixture(scope="module")
+def two_blocks():
+    """The model of the updates, before them."""
+    model, _ = llama.load(ROOT / "tiny")
+    model.blocks = model.blocks[:2]
+    return model
+
+
+def test_the_same_updates_as_one_process(crews, two_blocks):
     """Two updates on the same games, by one, by two and by four processes.
 
     Losses, KL, gradient norm and weights are the same within small tolerances.
     """
-    folder, process = jobs["updates"]
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    folder = crews / "updates"
     for aggregate in ("sum", "token", "lora"):
         alone, _ = llama.load(folder / f"1-{aggregate}")
         figures = torch.load(folder / f"1-{aggregate}" / "figures.pt")
         norm = figures.pop("norm")
         assert len(figures) == 6 and figures["loss of solver"] != 0
-        assert distance(alone, tiny[0]) > 1e-3
+        assert distance(alone, two_blocks) > 1e-3
         for processes in (2, 4):
             model, _ = llama.load(folder / f"{processes}-{aggregate}")
             assert distance(alone, model) < 1e-5
@@ -396,17 +440,15 @@ def test_the_same_updates_as_one_process(jobs, tiny):
             assert theirs == pytest.approx(figures, rel=1e-4, abs=1e-6)
 
 
-def test_the_same_updates_on_pairs_as_one_process(jobs, tiny):
+def test_the_same_updates_on_pairs_as_one_process(crews, two_blocks):
     """Both games of spin.py, by one, by two and by four processes.
 
     No batch can be shared out evenly, and in some a process has no pair at all.
     """
-    folder, process = jobs["updates"]
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    folder = crews / "updates"
     for name in ("spin", "sft", "spin with lora"):
         alone, _ = llama.load(folder / f"1-{name}")
-        assert distance(alone, tiny[0]) > 1e-3
+        assert distance(alone, two_blocks) > 1e-3
         ref, figures = json.loads((folder / f"1-{name}" / "figures.json").read_text())
         assert len(figures) == 4 and figures[0]["loss"] != figures[2]["loss"]
         for processes in (2, 4):
@@ -421,14 +463,13 @@ def test_the_same_updates_on_pairs_as_one_process(jobs, tiny):
                 row["seconds"] = 0
 
 
-def test_spin_by_two_is_stopped_and_goes_on_to_the_same_bits(jobs):
+def test_spin_by_two_is_stopped_and_goes_on_to_the_same_bits(crews):
     """Stopped while the opponent answers, and in the middle of an iteration.
 
     Each time one of the processes gets the signal, and both stop. Or one alone plays it to the end.
     """
-    folder, process = jobs["pairs"]
-    out, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    folder = crews / "pairs"
+    out = (folder / "out").read_text()
     assert "stopped in iteration 0, while the opponent answered: 5 of 13 answers are kept" in out
     assert "on from update 0 of runs/cut" in out and "on from update 5 of runs/cut" in out
     assert "stopped in iteration 1; the player as it is" in out
@@ -455,9 +496,9 @@ def test_spin_by_two_is_stopped_and_goes_on_to_the_same_bits(jobs):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-3)
 
 
-def test_a_runs_settings_do_not_say_who_played_it(died, jobs):
+def test_a_runs_settings_do_not_say_who_played_it(died, crews):
     alone, several = (json.loads((run / "settings.json").read_text())
-                      for run in (jobs["joined"][0] / "runs" / "a", died[0]))
+                      for run in (crews / "joined" / "runs" / "a", died[0]))
     changed = {"steps": 8, "reward": "mine.py:mine", "date": several["date"]}
     assert alone | changed == several
 

@@ -327,8 +327,9 @@ def test_help_names_every_default(tmp_path, words):
     assert text.count("(default: ") == len(defaults)
 
 
-def test_figures_of_every_instruction(tmp_path):
+def test_figures_of_every_instruction(tmp_path, monkeypatch):
     """recipes/claims.py reads the file of --json. The means of its items are those of the table."""
+    monkeypatch.setattr(evaluate, "LONGER", 50)  # a thousand would take some seconds
     done = command(evaluate, tmp_path, "score", str(ROOT / "tiny"), "--items", "30", "--held-out",
                    "1", "--json", "x.json")
     figures = json.loads((tmp_path / "x.json").read_text())

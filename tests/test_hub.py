@@ -4,10 +4,10 @@ What is fetched, what is resumed, and what does each refusal say?
 """
 import http.server
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -17,6 +17,9 @@ from conftest import ROOT
 FILES = {path.name: path.read_bytes() for path in (ROOT / "tiny").iterdir()
          if path.suffix in (".json", ".safetensors")}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# New processes are forked from one that has imported PyTorch, which takes longer than a download.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "tokenizers"])
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -98,22 +101,33 @@ def hub(tmp_path):
 def fetch(folder, endpoint, *models, **more):
     """Load models by their names, one after the other, in a process of its own.
 
-    It does so as a command would. The exit code is that of the last model.
+    It does so as a command would. The exit code is that of the last model. The hub library reads
+    the environment when it is imported.
     """
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith("HF_") and "proxy" not in name.lower()}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"),
+                    "HF_HUB_DISABLE_XET": "1"} | more
+    out, err = folder / "out.txt", folder / "err.txt"
     code = (
-        "import sys\n"
+        "import os, sys\n"
+        "assert 'huggingface_hub' not in sys.modules\n"
+        "os.environ.clear()\n"
+        f"os.environ.update({environment!r})\n"
+        f"sys.stdout, sys.stderr = open({str(out)!r}, 'w'), open({str(err)!r}, 'w')\n"
         "from model import load\n"
         "from support.console import run_command\n"
         f"for name in {models!r}:\n"
         "    code = run_command(lambda: print(load(name)[0].folder))\n"
         "sys.exit(code)"
     )
-    environment = {name: value for name, value in os.environ.items()
-                   if not name.startswith("HF_") and "proxy" not in name.lower()}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"),
-                    "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)} | more
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment,
-                          capture_output=True, text=True, timeout=120)
+    process = FORKS.Process(target=exec, args=(code, {}))
+    process.start()
+    process.join(120)
+    process.kill()
+    process.join()
+    return SimpleNamespace(returncode=process.exitcode, stdout=out.read_text(),
+                           stderr=err.read_text())
 
 
 def test_a_hub_model_is_fetched_once_and_then_found_offline(tmp_path, hub):

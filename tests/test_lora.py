@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, command, random_llama, read_lines
+from conftest import HALF, ROOT, command, random_llama, read_lines
 from safetensors.torch import load_file, save_file
 
 import model as llama
@@ -187,8 +187,10 @@ def test_a_reward_model_gets_no_adapter():
         llama.adapt(random_llama(**raw), 2)
 
 
-SMALL = {selfplay: ("--steps", "4", "--queries", "2", "--answers", "3", "--eval-items", "2"),
-         spin: ("--iterations", "2", "--pairs", "24", "--batch", "8", "--eval-items", "2")}
+COMMON = ("--model", str(HALF), "--answer-tokens", "12", "--eval-items", "2")
+SMALL = {selfplay: (*COMMON, "--steps", "4", "--queries", "2", "--answers", "3",
+                    "--query-tokens", "24"),
+         spin: (*COMMON, "--iterations", "2", "--pairs", "24", "--batch", "8")}
 
 
 @pytest.mark.parametrize("game, dtype", [(selfplay, "float32"), (spin, "bfloat16")])
@@ -209,7 +211,7 @@ def test_a_run_with_lora_learns_and_goes_on_to_the_same_bits(tmp_path, monkeypat
     monkeypatch.undo()
     killed = tmp_path / "runs" / "killed"
     weights = load_file(killed / "checkpoint.safetensors")
-    size = llama.load(ROOT / "tiny")[0].config.adapter_size(2, TARGETS)
+    size = llama.load(HALF)[0].config.adapter_size(2, TARGETS)
     assert sum(w.numel() for name, w in weights.items() if name.startswith("weight.")) == size
     assert command(game, tmp_path, "--resume", str(killed)).returncode == 0
     last = "model" if game is selfplay else "iteration-1"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, random_llama, read_lines
+from conftest import HALF, ROOT, command, random_llama, read_lines
 from pretend import pretend
 
 import evaluate
@@ -20,8 +20,10 @@ from support.console import UserError
 from tiny import language
 
 QUERIES = language.evaluation_set(4)
-COMMON = ("--model", str(ROOT / "tiny"), "--eval-items", "4", "--micro-batch", "128")
-LSP = (*COMMON, "--queries", "4", "--answers", "4", "--answer-tokens", "12")
+COMMON = ("--model", str(HALF), "--eval-items", "4", "--micro-batch", "128",
+          "--answer-tokens", "12")
+GRPO = (*COMMON, "--queries", "4", "--answers", "4")
+LSP = (*GRPO, "--query-tokens", "16")
 SPIN = (*COMMON, "--pairs", "12", "--batch", "6", "--iterations", "1", "--epochs", "1")
 
 
@@ -142,7 +144,8 @@ def test_a_wait_that_is_new_is_found(gpu, monkeypatch):
 
 def set_up(*flags, device="cuda"):
     """(settings, Game) of selfplay.py on the pretend device."""
-    args = selfplay.parse_args([*LSP, "--device", device, *flags])
+    usual = GRPO if "grpo" in flags else LSP
+    args = selfplay.parse_args([*usual, "--device", device, *flags])
     return args, selfplay.set_up(args, machine.check_device(device))
 
 
@@ -248,7 +251,7 @@ def without_seconds(rows):
 
 
 @pytest.mark.parametrize("module, device, flags", [
-    (selfplay, "cuda", (*LSP, "--steps", "3", "--eval-every", "2", "--low-memory")),
+    (selfplay, "cuda", (*LSP, "--steps", "2", "--eval-every", "2", "--low-memory")),
     (spin, "mps", (*SPIN, "--lora", "2"))], ids=["lsp", "spin"])
 def test_a_run_is_stopped_and_resumed_on_a_gpu(module, flags, device, tmp_path):
     """It is the run of the CPU. To the bit on mps, which has the same attention and optimizer."""

@@ -22,7 +22,7 @@ from tiny import language
 
 RECIPES = {"self_training": self_training, "reverse_gen": reverse_gen, "multiagent": multiagent,
            "lance": lance, "r_zero": r_zero}
-SMALL = ["--steps", "2", "--queries", "12", "--answers", "4", "--eval-items", "20", "--device",
+SMALL = ["--steps", "2", "--queries", "12", "--answers", "4", "--eval-items", "8", "--device",
          "cpu"]
 MORE = {"reverse_gen": ["--proposals", "24"], "multiagent": ["--agents", "2"],
         "r_zero": ["--updates", "1", "--questions", "24", "--low", "0.1"]}
@@ -66,12 +66,18 @@ def test_two_steps_leave_a_run_like_any_other(name, played):
     assert FIGURES[name] <= set().union(*rows)
     games = read_lines(folder / "games.jsonl")
     assert [line["step"] for line in games] == [1, 2] and games[0]["games"][0]["answers"]
-    assert json.loads((folder / "evaluation.json").read_text())["scores"]["now"]["all"]["n"] == 20
+    assert json.loads((folder / "evaluation.json").read_text())["scores"]["now"]["all"]["n"] == 8
     trained, _ = llama.load(folder / "model")
     start, _ = llama.load(ROOT / "tiny")
     assert any((p != q).any() for p, q in zip(trained.parameters(), start.parameters()))
-    report.write_page([folder], folder / "page.html")
     assert len(report.read_metrics(folder)["tokens"]) == 2
+
+
+def test_all_runs_fit_on_one_page(played, tmp_path):
+    """Each figure that one of them has is drawn."""
+    report.write_page(played.values(), tmp_path / "page.html")
+    figures = report.present({name: report.read_metrics(run) for name, run in played.items()})
+    assert (tmp_path / "page.html").read_text().count("<svg") == len(list(figures)) > 10
 
 
 @pytest.mark.parametrize("name, other", [("reverse_gen", "proposer"), ("r_zero", "challenger"),

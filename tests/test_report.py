@@ -70,8 +70,8 @@ def test_the_page_is_whole_in_itself(runs):
 
 def test_a_page_without_answers_loads_no_model(runs, monkeypatch):
     monkeypatch.setattr(evaluate, "load", None)
-    assert command(evaluate, runs, "report", "runs/lsp", "--ask", "0").returncode == 0
-    assert "every checkpoint" not in (runs / "runs" / "lsp" / "report.html").read_text()
+    assert command(evaluate, runs, "report", "runs/spin", "--ask", "0").returncode == 0
+    assert "every checkpoint" not in (runs / "runs" / "spin" / "report.html").read_text()
 
 
 def test_a_figure_of_some_steps_is_drawn_and_told_by_those(tmp_path):
@@ -93,9 +93,9 @@ def test_a_figure_of_some_steps_is_drawn_and_told_by_those(tmp_path):
 
 def test_the_curves_as_a_picture(runs):
     """--picture draws the same curves as one PNG. The real one: `command` draws none."""
-    words = ["report", "runs/lsp", "runs/spin", "--ask", "0", "--picture", "both.png"]
+    words = ["report", "runs/spin", "--ask", "0", "--picture", "one.png"]
     done = command(evaluate, runs, *words)
-    assert done.returncode == 0 and "curves: both.png" in done.stdout, done.stderr
+    assert done.returncode == 0 and "curves: one.png" in done.stdout, done.stderr
     assert report.picture([runs / "runs" / "lsp", runs / "runs" / "spin"], runs / "real.png")
     assert (runs / "real.png").read_bytes().startswith(b"\x89PNG")
 

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, command, copy_tokenizer, read_lines
+from conftest import HALF, ROOT, command, copy_tokenizer, read_lines
 
 import evaluate
 import model as llama
@@ -490,7 +490,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-SHORT = ("--pairs", "40", "--batch", "16", "--epochs", "1", "--eval-items", "20", "--lr", "3e-4")
+SHORT = ("--pairs", "40", "--batch", "16", "--epochs", "1", "--eval-items", "6", "--lr", "3e-4")
 
 
 @pytest.fixture(scope="module")
@@ -660,7 +660,9 @@ def test_a_run_that_is_stopped_between_two_iterations_goes_on_to_the_same_bits(t
 
     Then the checkpoint is of the next iteration, before its first update and with a new optimizer.
     """
-    flags, real = [*SHORT, "--iterations", "3", "--lr", "3e-4", "2e-4"], spin.add_score
+    flags = [*SHORT, "--model", str(HALF), "--answer-tokens", "12", "--iterations", "3", "--lr",
+             "3e-4", "2e-4"]
+    real = spin.add_score
 
     def stopped(game, args, rates, name):
         real(game, args, rates, name)
