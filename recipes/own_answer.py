@@ -1,11 +1,15 @@
 """A judge that answers itself: an answer is as good as it is frequent among the start's own.
 
 LSP's judge reads a query with its answer, and grades both. This one is asked the query alone,
-ANSWERS times. R_Q is the share of its answers that are the same as the policy's (self-consistency,
-arXiv 2203.11171). So it says nothing of how a query is written, only whether the start is sure of
-its answer.
+ANSWERS times. An answer's grade is the share of its answers that are the same (self-consistency,
+arXiv 2203.11171). So it says nothing of how a query is written, only how sure the start is of an
+answer. It can be the judge, beside a referee that knows the truth. Or it can be the referee itself:
+then nobody knows the truth, and the start votes, which is frozen and cannot be talked round.
 
     python selfplay.py --judge recipes/own_answer.py:agrees
+    python selfplay.py --reward recipes/own_answer.py:agrees
+
+docs/claims.md says what comes of both.
 """
 import sys
 import zlib
@@ -24,7 +28,7 @@ start, tokenizer = load(ROOT / "tiny")  # frozen: no step is ever taken on it
 
 @torch.no_grad()
 def agrees(queries, answers):
-    """R_Q [N, G], 0 to 1, of N texts and N lists of G texts. The same queries get the same."""
+    """Grades [N, G], 0 to 1, of N texts and N lists of G texts. The same queries get the same."""
     luck = torch.Generator().manual_seed(zlib.crc32("\n".join(queries).encode()))
     room = start.config.context - TOKENS
     prompts = [tokenizer.chat([{"role": "user", "content": q}], room=room) for q in queries]
