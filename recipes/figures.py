@@ -5,7 +5,6 @@ It draws what it finds runs for in runs/, and says how to play the runs that it 
     docs/curves.png      the curves of one run of LSP, seed 0
     docs/gains.png       right answers before and after, by seed
     docs/collapse.png    well-formed queries of LSP-Zero and LSP, with an eager Challenger
-    docs/spin.png        right answers after each iteration of SPIN
 """
 import argparse
 import json
@@ -23,7 +22,6 @@ COMMANDS = {  # a run's name -> how it is played
     **{f"lsp-s{s}": f"selfplay.py --steps 500 --seed {s}" for s in SEEDS},
     "zero-eager": f"selfplay.py --game lsp-zero {EAGER}",
     "lsp-eager": f"selfplay.py {EAGER}",
-    "spin-s0": "spin.py --seed 0",
 }
 BEFORE, AFTER = report.COLOURS[:2]
 
@@ -86,18 +84,6 @@ def draw_collapse(runs, path):
     figure.savefig(path, dpi=90)
 
 
-def draw_spin(runs, path):
-    """Right answers of the start and of each iterate, with their intervals."""
-    figure, axis = new_axes("SPIN: right answers of 1,000 held-out instructions, %")
-    scores = scores_of(runs[0])
-    for key, colour in (("sampled", BEFORE), ("greedy", AFTER)):
-        with_intervals(axis, range(len(scores)), [own[key] for own in scores.values()],
-                       color=colour, label={"sampled": "temperature 1", "greedy": "greedy"}[key])
-    axis.set_xticks(range(len(scores)), [name.replace("iteration ", "it. ") for name in scores])
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
-
-
 def draw_curves(runs, path):
     """The picture that a run draws of itself."""
     report.picture(runs, path)
@@ -107,7 +93,6 @@ PICTURES = {  # picture -> (what draws it, the runs it needs)
     "curves.png": (draw_curves, ["lsp-s0"]),
     "gains.png": (draw_gains, [f"lsp-s{s}" for s in SEEDS]),
     "collapse.png": (draw_collapse, ["zero-eager", "lsp-eager"]),
-    "spin.png": (draw_spin, ["spin-s0"]),
 }
 
 
