@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import generate, load
+from model import generate, groups, load
 
 ANSWERS, TOKENS = 16, 24
 start, tokenizer = load(ROOT / "tiny")  # frozen: no step is ever taken on it
@@ -34,5 +34,5 @@ def agrees(queries, answers):
     prompts = [tokenizer.chat([{"role": "user", "content": q}], room=room) for q in queries]
     ids = generate(start, prompts, ANSWERS, TOKENS, generator=luck).ids  # N x ANSWERS lists
     own = [tokenizer.spoken(tokenizer.decode(answer)) for answer in ids]
-    return [[own[i * ANSWERS:(i + 1) * ANSWERS].count(answer) / ANSWERS for answer in group]
-            for i, group in enumerate(answers)]
+    return [[votes.count(answer) / ANSWERS for answer in group]
+            for votes, group in zip(groups(own, ANSWERS), answers)]

@@ -231,7 +231,9 @@ class Queue:
             facts["data"] = {"rows": text.count(b"\n"), "crc32": zlib.crc32(text)}
         if (folder / "commit.txt").is_file():  # of when it was played
             facts["commit"] = (folder / "commit.txt").read_text(encoding="utf-8")
-        # Not where it lay on this machine.
+        # Not where the project, its runs and the model lie on this machine.
+        settings = {key: value.removeprefix(f"{self.out}/").removeprefix(f"{ROOT}/")
+                    if isinstance(value, str) else value for key, value in settings.items()}
         facts["settings"] = settings | {"model": run.after.name if run.after else START.name}
         return facts | {"curves": curves_of(folder)}
 

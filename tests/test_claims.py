@@ -293,6 +293,12 @@ def test_a_committed_page_is_that_of_the_committed_results(path):
     assert path.read_text() == pages.page(path.stem, question, r, wanted)
 
 
+def test_no_committed_result_says_where_it_lay():
+    """A path of somebody's machine begins with a slash."""
+    for path in (ROOT / "docs" / "results").glob("*/*.json"):
+        assert '"/' not in path.read_text(), path.name
+
+
 # --------------------------------------------------------------------------------------------------
 # The queue
 
@@ -325,7 +331,9 @@ def write_run(folder, steps):
     (folder / "model" / "model.safetensors").touch()
     row = json.dumps({"step": 1, "seconds": 3.0, "tokens": 10, "valid": 0.5})
     (folder / "metrics.jsonl").write_text(f"{row}\n" * steps)
-    (folder / "settings.json").write_text('{"steps": 20, "model": "/somewhere/of/mine"}')
+    (folder / "settings.json").write_text(json.dumps({
+        "steps": 20, "model": "/somewhere/of/mine", "judge": f"{ROOT}/recipes/own_answer.py:agrees",
+        "data": f"{folder.parent.parent}/data/x.jsonl"}))
     (folder / "curves.png").write_text("")
 
 
@@ -359,6 +367,8 @@ def test_what_a_run_starts_from_is_played_before_it(queue):
     assert result["after"] == "First" and result["settings"]["model"] == "First"
     assert result["data"]["rows"] == 10 and result["minutes"] == 1.0 and result["tokens"] == 200
     assert result["curves"]["valid"] == [0.5] * 10 and "/somewhere" not in json.dumps(result)
+    assert result["settings"]["judge"] == "recipes/own_answer.py:agrees"
+    assert result["settings"]["data"] == "data/x.jsonl"
     scores = result["models"][0]["scores"]
     assert set(scores) == {"drawing 3", FOUR} and scores["drawing 3"]["sampled"]["right"] == 12
 

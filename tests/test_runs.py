@@ -226,18 +226,21 @@ def test_a_run_keeps_the_date_of_its_beginning(game, tmp_path, folder):
 
 
 def test_a_resumed_run_says_what_changed_beside_it(tmp_path, folder):
-    """A user may mend a reward and go on. But nobody should do so without knowing."""
-    mine = tmp_path / "mine.py"
+    """A user may mend a reward or a judge, and go on. But nobody should do so without knowing."""
+    mine, judge = tmp_path / "mine.py", tmp_path / "judge.py"
+    judge.write_text("def f(queries, answers):\n    return [[0.5 for a in g] for g in answers]\n")
+    own = ("--model", str(folder), "--reward", f"{mine}:f", "--judge", f"{judge}:f")
     mine.write_text("def f(queries, answers):\n    return [[len(a) for a in g] for g in answers]\n")
-    killed(tmp_path, "lsp", "--model", str(folder), "--reward", f"{mine}:f", call=3)
+    killed(tmp_path, "lsp", *own, call=3)
     done = command(selfplay, tmp_path, "--resume", "runs/cut")
     assert done.returncode == 0 and "is not what it was" not in done.stderr
     shutil.rmtree(tmp_path / "runs")
-    killed(tmp_path, "lsp", "--model", str(folder), "--reward", f"{mine}:f", call=3)
+    killed(tmp_path, "lsp", *own, call=3)
     mine.write_text(mine.read_text() + "\n")
+    judge.write_text(judge.read_text() + "\n")
     write_json(folder / "tokenizer_config.json", read_json(folder / "tokenizer_config.json"))
     done = command(selfplay, tmp_path, "--resume", "runs/cut")
-    for path in (mine, folder / "tokenizer_config.json"):
+    for path in (mine, judge, folder / "tokenizer_config.json"):
         assert f"note: {path} is not what it was when this run began" in done.stderr
 
 
