@@ -212,7 +212,7 @@ def test_a_limit_cannot_be_swallowed():
         for _ in range(100):
             try:
                 time.sleep(0.1)
-            except Exception:
+            except Exception:  # as a user's code may
                 pass
     with refused("late"), time_limit(0.05, "late"):  # it comes again after a second
         try:
