@@ -4,7 +4,6 @@ It draws what it finds runs for in runs/, and says how to play the runs that it 
 
     docs/curves.png      the curves of one run of LSP, seed 0
     docs/gains.png       right answers before and after, by seed
-    docs/collapse.png    well-formed queries of LSP-Zero and LSP, with an eager Challenger
 """
 import argparse
 import json
@@ -17,12 +16,8 @@ sys.path.insert(0, str(ROOT))
 from support import console, report
 
 SEEDS = (0, 1, 2)
-EAGER = "--steps 900 --alpha-ch 0.03 --seed 10"
-COMMANDS = {  # a run's name -> how it is played
-    **{f"lsp-s{s}": f"selfplay.py --steps 500 --seed {s}" for s in SEEDS},
-    "zero-eager": f"selfplay.py --game lsp-zero {EAGER}",
-    "lsp-eager": f"selfplay.py {EAGER}",
-}
+# A run's name -> how it is played.
+COMMANDS = {f"lsp-s{s}": f"selfplay.py --steps 500 --seed {s}" for s in SEEDS}
 BEFORE, AFTER = report.COLOURS[:2]
 
 
@@ -68,22 +63,6 @@ def draw_gains(runs, path):
     figure.savefig(path, dpi=90)
 
 
-def draw_collapse(runs, path):
-    """Well-formed queries and the mean reward over the steps of LSP-Zero and LSP."""
-    figure, *axes = new_axes("An eager Challenger (alpha_Ch 0.03): with and without the judge", 2)
-    titles = {"valid": "queries that have a right answer", "reward": "mean reward"}
-    for run, name, colour in zip(runs, ("LSP-Zero", "LSP"), (AFTER, BEFORE)):
-        figures = report.read_metrics(run)
-        for axis, key in zip(axes, titles):
-            axis.plot(figures["step"], figures[key], color=colour, alpha=0.2, linewidth=0.7)
-            axis.plot(figures["step"], report.smooth(figures[key], 20), color=colour, label=name)
-            axis.set_title(titles[key], fontsize=10)
-            axis.set_xlabel("step", fontsize=9)
-            axis.set_ylim(0, 1)
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=90)
-
-
 def draw_curves(runs, path):
     """The picture that a run draws of itself."""
     report.picture(runs, path)
@@ -92,7 +71,6 @@ def draw_curves(runs, path):
 PICTURES = {  # picture -> (what draws it, the runs it needs)
     "curves.png": (draw_curves, ["lsp-s0"]),
     "gains.png": (draw_gains, [f"lsp-s{s}" for s in SEEDS]),
-    "collapse.png": (draw_collapse, ["zero-eager", "lsp-eager"]),
 }
 
 
