@@ -159,8 +159,10 @@ def wrapped(text, indent=""):
 # The picture
 
 def draw(path, title, panels):
-    """Draw panels into a picture, four in a row, without pyplot."""
+    """Draw panels into a picture, four in a row, without pyplot. Empty ones are left out."""
     from matplotlib.figure import Figure
+    panels = [panel for panel in panels
+              if panel.bands or any(len(xs) for xs, _ in panel.lines.values())] or panels[:1]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4 * columns, 3.6 * rows + 0.3), layout="constrained")

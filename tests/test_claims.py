@@ -266,6 +266,19 @@ def test_a_page_and_its_picture_are_drawn_from_results_alone(name, tmp_path, cap
     assert "quick" not in text and f"    python recipes/claims.py {name}\n" in text
 
 
+def test_a_panel_with_nothing_in_it_is_not_drawn(tmp_path):
+    """Where all are empty, one is: a page has its picture."""
+    from matplotlib.image import imread
+    full, empty = pages.Panel("full", {"a": ([1, 2], [[1, 0, 2]] * 2)}), pages.Panel("empty", {})
+    widths = []
+    for panels in ([full], [full, empty, pages.Panel("no xs", {"a": ([], [])})], [full, full],
+                   [empty]):
+        pages.draw(tmp_path / "a.png", "title", panels)
+        widths.append(imread(tmp_path / "a.png").shape[1])
+    one, with_empty, two, none = widths
+    assert one == with_empty == none < two
+
+
 def test_without_any_result_nothing_is_drawn(tmp_path):
     done = command(claims, tmp_path, "worth", "--draw", "--results", str(tmp_path))
     assert done.returncode == 2 and "no results of the start yet" in done.stderr
