@@ -21,17 +21,6 @@ COMMANDS = {f"lsp-s{s}": f"selfplay.py --steps 500 --seed {s}" for s in SEEDS}
 BEFORE, AFTER = report.COLOURS[:2]
 
 
-def new_axes(title, columns=1):
-    """A figure with one row of axes, without pyplot: [figure, axes, ..]."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(3.6 * columns + 1, 3.2), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    figure.suptitle(title, fontsize=11)
-    for axis in axes:
-        axis.grid(alpha=0.25)
-    return [figure, *axes]
-
-
 def scores_of(run):
     """{player: {"sampled": [share, low, high], "greedy": ..}} of a run, in percent."""
     names = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["scores"]
@@ -49,8 +38,12 @@ def with_intervals(axis, places, points, **style):
 
 def draw_gains(runs, path):
     """Right answers of the start and of the trained model, by seed."""
-    figure, *axes = new_axes("LSP, 500 steps: right answers of 1,000 held-out instructions, %", 2)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8.2, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    figure.suptitle("LSP, 500 steps: right answers of 1,000 held-out instructions, %", fontsize=11)
     for axis, key in zip(axes, ("sampled", "greedy")):
+        axis.grid(alpha=0.25)
         for player, shift, colour in (("start", -0.07, BEFORE), ("now", 0.07, AFTER)):
             points = [scores_of(run)[player][key] for run in runs]
             with_intervals(axis, [i + shift for i in range(len(runs))], points, linestyle="",

@@ -34,11 +34,10 @@ LEGEND = ("Right answers on held-out instructions, by which no setting was chose
           "start in points, paired by instruction. *sampled*: at temperature 1, eight answers to "
           "each; *pass@8*: one of the eight is right; *chains of four*: one operation more than in "
           "any training, sampled; the other columns: means of the last tenth of the steps; "
-          "*minutes*: of one thread, on the machine that played the run (one was half as fast as "
-          "another). Intervals are of 95 %: Student's t over seeds and the normal one over "
-          "instructions, added in squares; with one seed, over instructions alone. Where a verdict "
-          "would be another if all comparisons of this page are to hold together (Bonferroni), "
-          "that is said.")
+          "*minutes*: of one thread, on the machine that played the run. Intervals are of 95 %: "
+          "Student's t over seeds and the normal one over instructions, added in squares; with one "
+          "seed, over instructions alone. Where a verdict would be another if all comparisons of "
+          "this page are to hold together (Bonferroni), that is said.")
 
 
 def points(interval):

@@ -216,7 +216,10 @@ def bench_spin():
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(ROOT / "tiny"), callbacks=[Clock()])
         trainer.train()
-    return compared(list(zip(ours, alone, theirs))[1:], "trl") | {"pairs_that_differ": share}
+    with FlopCounterMode(display=False) as counter:
+        next(updates)
+    return compared(list(zip(ours, alone, theirs))[1:], "trl") | {
+        "pairs_that_differ": share, "gflop_an_update": counter.get_total_flops() / 1e9}
 
 
 def bench_lsp():
