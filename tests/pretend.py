@@ -128,7 +128,8 @@ class Gpu:
         frame = sys._getframe(1)
         while frame is not None:
             path = Path(frame.f_code.co_filename)
-            if path.is_relative_to(ROOT) and path.name != Path(__file__).name:
+            ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts  # .venv in ROOT
+            if ours and path.name != Path(__file__).name:
                 break
             frame = frame.f_back
         place = f"{path.name} {frame.f_code.co_name}" if frame else "elsewhere"
