@@ -17,7 +17,6 @@ class Question(NamedTuple):
     claims: list  # (claim, Results -> (verdict, figures)); without a verdict it is a finding
     panels: Callable  # Results -> the Panels of the picture
     ends: dict = {}  # more columns: {figure of metrics.jsonl, in the last tenth: its name}
-    sets: tuple = ("drawing 3",)  # what each model is asked
 
 
 class Panel(NamedTuple):
