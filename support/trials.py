@@ -380,9 +380,12 @@ class Results(NamedTuple):
     def end(self, run, key, over=None, then=-1):
         """[mean, low, high] over the seeds: a curve's last tenth, or, with `over`, minus another's.
 
-        over: a run. then: which tenth of that. Raises Missing.
+        over: a run. then: which tenth of that. Raises Missing, also with one seed: a single number
+        has no interval.
         """
         seeds = self.seeds(run, over or run)
+        if len(seeds) < 2:
+            raise Missing(f"a second seed of {run.name}")
         try:
             ours, theirs = ([result["curves"][key][i] for result in self.results(r, seeds)]
                             for r, i in ((run, -1), (over or run, then)))

@@ -259,6 +259,13 @@ def test_no_variant_gains_so_much_is_said_once_all_are_played(tmp_path):
         claims.moves_greedy(claims.LONGER, 8)(r)
 
 
+def test_a_claim_on_curves_needs_two_seeds(tmp_path):
+    r = made_up(tmp_path, {}, QUESTIONS["self-reward"].runs, seeds=(10,))
+    assert said("self-reward", r)["4a"] == ("", "Not played yet: a second seed of LSP, eager")
+    r = made_up(tmp_path, {}, QUESTIONS["self-reward"].runs, seeds=(11,))
+    assert said("self-reward", r)["4a"][0] == "not decided"
+
+
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_page_and_its_picture_are_drawn_from_results_alone(name, tmp_path, capsys):
     """What is missing is shown as missing."""
