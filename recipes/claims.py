@@ -45,6 +45,8 @@ def play(name, steps, flags="", game="lsp", **more):
 
 LSP, ZERO = play("LSP", 500, seeds=5), play("LSP-Zero", 500, game="lsp-zero")
 GRPO = play("GRPO on endless data", 500, game="grpo", seeds=5)  # 5: claim 2 straddled with three
+PAID = {pay: play(f"LSP paid {pay}", 500, f"--pay {pay}")
+        for pay in ("r-zero", "absolute-zero", "sqlm", "spice")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,6 +150,7 @@ LONG = {500: LSP, 1000: play("LSP, 1,000 steps", 1000),
 LONG_GRPO = {500: GRPO, 1000: play("GRPO, 1,000 steps", 1000, game="grpo"),
              2500: play("GRPO, 2,500 steps", 2500, KEPT, game="grpo", seeds=5),
              5000: play("GRPO, 5,000 steps", 5000, game="grpo")}
+LONG_R_ZERO = play("LSP paid r-zero, 2,500 steps", 2500, f"{KEPT} --pay r-zero")
 RESTARTED = [LSP]  # the result becomes start, judge and reference
 for i in range(2, 6):
     RESTARTED.append(play(f"LSP, restart {i - 1}", 500, after=RESTARTED[-1]))
@@ -163,18 +166,19 @@ def goes_on_panels(r):
     panels, restarts = [], {500 * (i + 1): run for i, run in enumerate(RESTARTED)}
     for title, (way, of) in WAYS.items():
         q = r._replace(instructions=of)
-        lines = {"LSP": LONG, "GRPO on endless data": LONG_GRPO, "LSP, restarted": restarts}
+        lines = {"LSP": LONG, "GRPO on endless data": LONG_GRPO, "LSP, restarted": restarts,
+                 "LSP paid r-zero": {500: PAID["r-zero"], 2500: LONG_R_ZERO}}
         panels.append(Panel(f"{title}: gain, points",
                             {k: line(q, v, way) for k, v in lines.items()}, "steps", log=True))
     return [*panels, *(way_panel(r, way) for way in ("sampled", "greedy", "pass@8")),
-            *curve_panels(r, [LONG[2500], LONG[5000], LONG[10000]],
+            *curve_panels(r, [LONG[2500], LONG_R_ZERO, LONG[5000], LONG[10000]],
                           ("reward", "valid", "spread", "agreement", "similarity"))]
 
 
 def way_panel(r, way):
     """The gains on the way through 2,500 steps, of the models that were kept."""
     lines = {}
-    for run in filter(r.has, (LONG[2500], LONG_GRPO[2500])):
+    for run in filter(r.has, (LONG[2500], LONG_GRPO[2500], LONG_R_ZERO)):
         first = r.results(run)[0]
         names = [model["name"] for model in first["models"]]  # step-500, .., model
         last = re.search(r"--steps (\d+)", first["command"])[1]
@@ -205,13 +209,20 @@ GOES_ON = Question(
     "The same games, with the schedule stretched to more steps. Runs of 2,500 steps are scored on "
     "the way, too, where their rate has not fallen to 0 yet. Restarted: the result of 500 steps "
     "becomes the start, the judge and the reference of the next 500.",
-    [*LONG.values(), *LONG_GRPO.values(), *RESTARTED[1:], THEN_LSP, THEN_GRPO],
+    [*LONG.values(), *LONG_GRPO.values(), PAID["r-zero"], LONG_R_ZERO, *RESTARTED[1:], THEN_LSP,
+     THEN_GRPO],
     [("LSP goes on from 500 to 2,500 steps, sampled", beats(LONG[2500], LSP)),
      ("The same, greedy", beats(LONG[2500], LSP, "greedy")),
      ("LSP goes on from 2,500 to 5,000 steps, sampled", beats(LONG[5000], LONG[2500])),
      ("The same, greedy", beats(LONG[5000], LONG[2500], "greedy")),
      ("At 2,500 steps LSP is within a point of GRPO on endless data, sampled",
       beats(LONG[2500], LONG_GRPO[2500], worse_by=1.0)),
+     # Declared when the Challenger of the first runs of 2,500 steps had come to ask too hard.
+     ("In 2,500 steps, paid for queries at the frontier (r-zero), LSP gets further, sampled",
+      beats(LONG_R_ZERO, LONG[2500])),
+     ("The same, greedy", beats(LONG_R_ZERO, LONG[2500], "greedy")),
+     ("It is within a point of GRPO on endless data, sampled",
+      beats(LONG_R_ZERO, LONG_GRPO[2500], worse_by=1.0)),
      ("Five starts of 500 steps get further than one of 2,500, greedy",
       beats(RESTARTED[-1], LONG[2500], "greedy")),
      ("5. Self-play after GRPO improves on GRPO alone", beats(THEN_LSP, GRPO))],
@@ -222,9 +233,6 @@ GOES_ON = Question(
 # --------------------------------------------------------------------------------------------------
 # Is it learning, or sharpening?
 
-PAID = {pay: play(f"LSP paid {pay}", 500, f"--pay {pay}")
-        for pay in ("r-zero", "absolute-zero", "sqlm", "spice")}
-BOTH = "--answers 32 --kl 0 --pay r-zero"
 OWN = "--judge recipes/own_answer.py:agrees"
 VARIANTS = [
     LSP, ZERO, *PAID.values(),
@@ -237,8 +245,8 @@ VARIANTS = [
     play("LSP, the judge answers itself", 500, OWN),
     play("LSP, the judge answers itself, for the Solver alone", 500,
          f"{OWN} --quality-challenger 0"),
-    play("LSP, 32 answers, no KL, paid r-zero", 500, BOTH)]
-LONGER = [LONG[2500], play("LSP, 32 answers, no KL, paid r-zero, 2,500 steps", 2500, BOTH)]
+    play("LSP, 32 answers, no KL, paid r-zero", 500, "--answers 32 --kl 0 --pay r-zero")]
+LONGER = [LONG[2500], LONG_R_ZERO]
 
 
 def moves_greedy(runs, by):

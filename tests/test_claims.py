@@ -209,7 +209,8 @@ HOLD = {"SPIN": SHRINKING, "SPIN on its own data": SHRINKING,
         "GRPO, then LSP": 0.2, "LSP-Zero, eager": 0.05, "LSP paid r-zero": 0.2,
         "LSP paid r-zero, eager": 0.3, "LSP, random Challenger": 0.02,
         "LSP, eager, self-reward for the Challenger alone": 0.2, "LSP, 32 answers": 0.15,
-        "GRPO, 2,500 steps": 0.2, "GRPO on 32": 0.05, "GRPO on 64": 0.08}
+        "GRPO, 2,500 steps": 0.2, "LSP paid r-zero, 2,500 steps": 0.3,
+        "GRPO on 32": 0.05, "GRPO on 64": 0.08}
 
 
 def test_claims_that_hold(tmp_path):
@@ -229,7 +230,8 @@ def test_claims_that_fail(tmp_path):
     """Everything falls: no claim may hold."""
     shares = {run.name: -0.1 for run in RUNS} | {"SPIN": (-0.01, -0.05), "LSP, eager": -0.2,
               "GRPO, then LSP": -0.3, "LSP, 2,500 steps": -0.2, "LSP, 5,000 steps": -0.3,
-              "LSP, restart 4": -0.3, "LSP paid r-zero": -0.3, "LSP paid r-zero, eager": -0.3,
+              "LSP, restart 4": -0.3, "LSP paid r-zero, 2,500 steps": -0.3,
+              "LSP paid r-zero": -0.3, "LSP paid r-zero, eager": -0.3,
               "GRPO on endless data": 0.2, "SPIN on its own data": (-0.1, -0.2), "LSP": -0.15,
               "SPIN, one long iteration": 0.1, "SPIN on its own data, one long iteration": 0.1,
               "more fine-tuning": 0.1, "LSP, eager, self-reward for the Challenger alone": -0.4}
