@@ -45,6 +45,7 @@ def play(name, steps, flags="", game="lsp", **more):
 
 LSP, ZERO = play("LSP", 500, seeds=5), play("LSP-Zero", 500, game="lsp-zero")
 GRPO = play("GRPO on endless data", 500, game="grpo", seeds=5)  # 5: claim 2 straddled with three
+RANDOM = play("LSP, random Challenger", 500, "--alpha-ch 0")
 PAID = {pay: play(f"LSP paid {pay}", 500, f"--pay {pay}")
         for pay in ("r-zero", "absolute-zero", "sqlm", "spice")}
 
@@ -151,6 +152,7 @@ LONG_GRPO = {500: GRPO, 1000: play("GRPO, 1,000 steps", 1000, game="grpo"),
              2500: play("GRPO, 2,500 steps", 2500, KEPT, game="grpo", seeds=5),
              5000: play("GRPO, 5,000 steps", 5000, game="grpo")}
 LONG_R_ZERO = play("LSP paid r-zero, 2,500 steps", 2500, f"{KEPT} --pay r-zero")
+LONG_RANDOM = play("LSP, random Challenger, 2,500 steps", 2500, "--alpha-ch 0")
 RESTARTED = [LSP]  # the result becomes start, judge and reference
 for i in range(2, 6):
     RESTARTED.append(play(f"LSP, restart {i - 1}", 500, after=RESTARTED[-1]))
@@ -167,11 +169,12 @@ def goes_on_panels(r):
     for title, (way, of) in WAYS.items():
         q = r._replace(instructions=of)
         lines = {"LSP": LONG, "GRPO on endless data": LONG_GRPO, "LSP, restarted": restarts,
-                 "LSP paid r-zero": {500: PAID["r-zero"], 2500: LONG_R_ZERO}}
+                 "LSP paid r-zero": {500: PAID["r-zero"], 2500: LONG_R_ZERO},
+                 "random Challenger": {500: RANDOM, 2500: LONG_RANDOM}}
         panels.append(Panel(f"{title}: gain, points",
                             {k: line(q, v, way) for k, v in lines.items()}, "steps", log=True))
     return [*panels, *(way_panel(r, way) for way in ("sampled", "greedy", "pass@8")),
-            *curve_panels(r, [LONG[2500], LONG_R_ZERO, LONG[5000], LONG[10000]],
+            *curve_panels(r, [LONG[2500], LONG_R_ZERO, LONG_RANDOM, LONG[5000], LONG[10000]],
                           ("reward", "valid", "spread", "agreement", "similarity"))]
 
 
@@ -209,8 +212,8 @@ GOES_ON = Question(
     "The same games, with the schedule stretched to more steps. Runs of 2,500 steps are scored on "
     "the way, too, where their rate has not fallen to 0 yet. Restarted: the result of 500 steps "
     "becomes the start, the judge and the reference of the next 500.",
-    [*LONG.values(), *LONG_GRPO.values(), PAID["r-zero"], LONG_R_ZERO, *RESTARTED[1:], THEN_LSP,
-     THEN_GRPO],
+    [*LONG.values(), *LONG_GRPO.values(), PAID["r-zero"], LONG_R_ZERO, RANDOM, LONG_RANDOM,
+     *RESTARTED[1:], THEN_LSP, THEN_GRPO],
     [("LSP goes on from 500 to 2,500 steps, sampled", beats(LONG[2500], LSP)),
      ("The same, greedy", beats(LONG[2500], LSP, "greedy")),
      ("LSP goes on from 2,500 to 5,000 steps, sampled", beats(LONG[5000], LONG[2500])),
@@ -223,6 +226,9 @@ GOES_ON = Question(
      ("The same, greedy", beats(LONG_R_ZERO, LONG[2500], "greedy")),
      ("It is within a point of GRPO on endless data, sampled",
       beats(LONG_R_ZERO, LONG_GRPO[2500], worse_by=1.0)),
+     ("A Challenger paid r-zero teaches more in 2,500 steps than one that does not learn, sampled",
+      beats(LONG_R_ZERO, LONG_RANDOM)),
+     ("The same, greedy", beats(LONG_R_ZERO, LONG_RANDOM, "greedy")),
      ("Five starts of 500 steps get further than one of 2,500, greedy",
       beats(RESTARTED[-1], LONG[2500], "greedy")),
      ("5. Self-play after GRPO improves on GRPO alone", beats(THEN_LSP, GRPO))],
@@ -235,7 +241,7 @@ GOES_ON = Question(
 
 OWN = "--judge recipes/own_answer.py:agrees"
 VARIANTS = [
-    LSP, ZERO, *PAID.values(),
+    LSP, ZERO, RANDOM, *PAID.values(),
     play("LSP, 32 answers", 500, "--answers 32"), play("LSP, 64 queries", 500, "--queries 64"),
     play("LSP, no KL", 500, "--kl 0"), play("LSP, KL 0.02", 500, "--kl 0.02"),
     play("LSP, temperature 1.2", 500, "--temperature 1.2"),
@@ -246,7 +252,7 @@ VARIANTS = [
     play("LSP, the judge answers itself, for the Solver alone", 500,
          f"{OWN} --quality-challenger 0"),
     play("LSP, 32 answers, no KL, paid r-zero", 500, "--answers 32 --kl 0 --pay r-zero")]
-LONGER = [LONG[2500], LONG_R_ZERO]
+LONGER = [LONG[2500], LONG_R_ZERO, LONG_RANDOM]
 
 
 def moves_greedy(runs, by):
@@ -359,7 +365,6 @@ SELF_REWARD = Question(
 # --------------------------------------------------------------------------------------------------
 # Does it matter how the Challenger is paid?
 
-RANDOM = play("LSP, random Challenger", 500, "--alpha-ch 0")
 EAGER_500 = play("LSP, eager, 500 steps", 500, EAGER)
 EAGER_PAID = {pay: play(f"LSP paid {pay}, eager", 500, f"{EAGER} --pay {pay}") for pay in PAID}
 
