@@ -163,8 +163,9 @@ def draw(path, title, panels):
               if panel.bands or any(len(xs) for xs, _ in panel.lines.values())] or panels[:1]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4 * columns, 3.6 * rows + 0.3), layout="constrained")
-    every = figure.subplots(rows, columns, squeeze=False).flatten()
+    widths = [1.6 if panel.names else 1 for panel in panels[:columns]]  # names need room
+    figure = Figure(figsize=(4 * sum(widths), 3.6 * rows + 0.3), layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False, width_ratios=widths).flatten()
     figure.suptitle(title, fontsize=12)
     for axis in every[len(panels):]:
         axis.axis("off")
