@@ -385,7 +385,8 @@ class Results(NamedTuple):
         """
         seeds = self.seeds(run, over or run)
         if len(seeds) < 2:
-            raise Missing(f"a second seed of {run.name}")
+            names = dict.fromkeys([run.name, (over or run).name])
+            raise Missing(f"two seeds of {' and of '.join(names)}")
         try:
             ours, theirs = ([result["curves"][key][i] for result in self.results(r, seeds)]
                             for r, i in ((run, -1), (over or run, then)))
