@@ -212,8 +212,8 @@ def curve_panels(r, runs, keys=("reward", "valid", "spread", "agreement")):
 
 GOES_ON = Question(
     "Does it go on?",
-    "The same games, with the schedule stretched to more steps. Runs of 2,500 steps are scored on "
-    "the way, too, where their rate has not fallen to 0 yet. Restarted: the result of 500 steps "
+    "The same games, with the schedule stretched to more steps. Three of 2,500 steps are scored "
+    "on the way, too, before the learning rate has decayed. Restarted: the result of 500 steps "
     "becomes the start, the judge and the reference of the next 500.",
     [*LONG.values(), *LONG_GRPO.values(), PAID["r-zero"], LONG_R_ZERO, RANDOM, LONG_RANDOM,
      *RESTARTED[1:], THEN_LSP, THEN_GRPO],
