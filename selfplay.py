@@ -347,7 +347,8 @@ SETTINGS = [
      "learning rate of AdamW (grpo with a real model: 1e-06; with --lora: ten times as much); it "
      "rises for 20 steps, then falls linearly towards 0"),
     ("--alpha-ch", ZERO_TOO, 0.005, 0.1,
-     "alpha_Ch, weight of the Challenger's loss; with more it asks what nobody can answer"),
+     "alpha_Ch, weight of the Challenger's loss; with more it asks what nobody can answer, with 0 "
+     "it is not trained"),
     ("--quality", ZERO_TOO, 1.0, 7.0,
      "weight of the quality self-reward R_Q, in lsp; R_Q is 0 to 1, so 7 counts points"),
     ("--quality-challenger", ZERO_TOO, None, None,
@@ -428,6 +429,9 @@ def refuse(args, real):
             (args.queries == 1 and not grpo and args.alpha_ch > 0,
              "--queries 1 teaches the Challenger nothing: a query is compared with the others of "
              "its step, so alone its advantage is always 0; if you want that, --alpha-ch 0"),
+            (args.alpha_ch == 0 and (args.pay != "minimax" or args.quality_challenger is not None),
+             "--alpha-ch 0 leaves the Challenger's loss out, and with it --pay and "
+             "--quality-challenger: leave them out, too"),
             (args.kl_form != "k3" and args.kl == args.kl_challenger == 0,
              "--kl-form is the form of the KL term, which --kl 0 and --kl-challenger 0 leave out"),
             (args.skip_bad_rows and not (args.data or args.eval_data),

@@ -793,6 +793,8 @@ def test_challenger_prompt_has_its_two_variables(real_llama):
     (["--answers", "1"], "teaches nothing"), (["--queries", "1"], "the Challenger nothing"),
     (["--kl", "0", "--kl-challenger", "0", "--kl-form", "literal"], "leave out"),
     (["--template-args", "a"], "expected name=value"), (["--pay", "mine.py:flat"], "would get 3"),
+    (["--alpha-ch", "0", "--pay", "r-zero"], "leaves the Challenger's loss out"),
+    (["--alpha-ch", "0", "--quality-challenger", "1"], "leaves the Challenger's loss out"),
     (["--skip-bad-rows"], "is about --data"), (["--pay", "fair"], "expected minimax, r-zero"),
 ])
 def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
