@@ -380,6 +380,7 @@ SETTINGS = [
 IDLE = {"grpo": ("--pay", "--alpha-ch", "--kl-challenger", "--query-tokens", "--quality",
                  "--quality-challenger", "--judge", "--task", "--template"),
         "lsp-zero": ("--quality", "--quality-challenger", "--judge")}
+UNTRAINED = "--pay", "--quality-challenger", "--kl-challenger"  # idle: no loss of the Challenger
 
 
 def parse_args(argv=None):
@@ -395,7 +396,9 @@ def parse_args(argv=None):
         others["lr"] = runs.LORA_RATE * usual.lr
     args = console.parse(SETTINGS, argv, *about, real=real, **others)
     args.model = str(runs.model_folder(args.model))  # a run's folder stands for its model
-    console.refuse_idle(argv, args.game, IDLE)
+    console.refuse_idle(argv, f"--game {args.game}", IDLE.get(args.game, ()))
+    if args.alpha_ch == 0:
+        console.refuse_idle(argv, "--alpha-ch 0", UNTRAINED)
     refuse(args, real)
     return args
 
@@ -429,9 +432,6 @@ def refuse(args, real):
             (args.queries == 1 and not grpo and args.alpha_ch > 0,
              "--queries 1 teaches the Challenger nothing: a query is compared with the others of "
              "its step, so alone its advantage is always 0; if you want that, --alpha-ch 0"),
-            (args.alpha_ch == 0 and (args.pay != "minimax" or args.quality_challenger is not None),
-             "--alpha-ch 0 leaves the Challenger's loss out, and with it --pay and "
-             "--quality-challenger: leave them out, too"),
             (args.kl_form != "k3" and args.kl == args.kl_challenger == 0,
              "--kl-form is the form of the KL term, which --kl 0 and --kl-challenger 0 leave out"),
             (args.skip_bad_rows and not (args.data or args.eval_data),

@@ -360,7 +360,7 @@ def parse_args(argv=None):
     if real and not args.data:
         raise console.UserError(f"{args.model} does not speak the embedded language: name --data "
                                 "to learn from")
-    console.refuse_idle(argv, args.game, IDLE)
+    console.refuse_idle(argv, f"--game {args.game}", IDLE.get(args.game, ()))
     runs.check_lora(args)
     if args.eval_data and not args.data:
         raise console.UserError("--eval-data goes with --data: the embedded default has scores")

@@ -162,14 +162,14 @@ def specs(rewards):
     return found
 
 
-def refuse_idle(argv, game, idle):
-    """Raise UserError for a flag that means nothing in this game. idle: {game: its such flags}.
+def refuse_idle(argv, setting, idle):
+    """Raise UserError for a flag that means nothing beside a setting, such as --game grpo.
 
-    argv: list of words, None for the process's own.
+    argv: list of words, None for the process's own. idle: those flags.
     """
     for word in sys.argv[1:] if argv is None else argv:
-        if (flag := word.partition("=")[0]) in idle.get(game, ()):
-            raise UserError(f"{flag} means nothing in --game {game}: leave it out")
+        if (flag := word.partition("=")[0]) in idle:
+            raise UserError(f"{flag} means nothing with {setting}: leave it out")
 
 
 def assignments(words, flag="--template-args"):

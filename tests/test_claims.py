@@ -265,6 +265,14 @@ def test_no_variant_gains_so_much_is_said_once_all_are_played(tmp_path):
     assert claims.moves_greedy(claims.VARIANTS, 22)(one)[0] == "not decided"
 
 
+def test_a_run_without_a_curve_leaves_the_others_their_colours(tmp_path):
+    """A colour goes by a line's place in its panel."""
+    r = made_up(tmp_path, {}, [LSP, GRPO])
+    panel, = claims.curve_panels(r, [LSP, ZERO, GRPO], ["reward"])
+    assert [(name, len(xs)) for name, (xs, _) in panel.lines.items()] == [
+        (LSP.name, trials.TENTHS), (ZERO.name, 0), (GRPO.name, trials.TENTHS)]
+
+
 def test_a_claim_on_curves_needs_two_seeds(tmp_path):
     r = made_up(tmp_path, {}, QUESTIONS["self-reward"].runs, seeds=(10,))
     assert said("self-reward", r)["4a"] == ("", "Not played yet: two seeds of LSP, eager and of "

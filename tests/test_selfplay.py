@@ -789,12 +789,12 @@ def test_challenger_prompt_has_its_two_variables(real_llama):
     (["--device", "abacus"], "no such device"),
     (["--quality", "0"], "that is --game lsp-zero"),
     (["--reward", "mine.py:known"], "asks for 'answer', which is not at hand here"),
-    (["--game", "lsp-zero", "--quality=2"], "--quality means nothing in --game lsp-zero"),
+    (["--game", "lsp-zero", "--quality=2"], "--quality means nothing with --game lsp-zero"),
     (["--answers", "1"], "teaches nothing"), (["--queries", "1"], "the Challenger nothing"),
     (["--kl", "0", "--kl-challenger", "0", "--kl-form", "literal"], "leave out"),
     (["--template-args", "a"], "expected name=value"), (["--pay", "mine.py:flat"], "would get 3"),
-    (["--alpha-ch", "0", "--pay", "r-zero"], "leaves the Challenger's loss out"),
-    (["--alpha-ch", "0", "--quality-challenger", "1"], "leaves the Challenger's loss out"),
+    (["--alpha-ch", "0", "--pay", "r-zero"], "--pay means nothing with --alpha-ch 0"),
+    (["--alpha-ch", "0", "--kl-challenger=1"], "--kl-challenger means nothing with --alpha-ch 0"),
     (["--skip-bad-rows"], "is about --data"), (["--pay", "fair"], "expected minimax, r-zero"),
 ])
 def test_bad_input_is_one_line_and_exit_2(tmp_path, flags, message):
