@@ -327,7 +327,9 @@ EAGER_ZERO = play("LSP-Zero, eager", 900, EAGER, game="lsp-zero")
 EAGER_LSP = play("LSP, eager", 900, EAGER)
 EAGER_WEIGHED = {name: play(f"LSP, eager, {name}", 900, f"{EAGER} {flags}")
                  for name, flags in WEIGHTS.items()}
-ALONE = EAGER_WEIGHED["self-reward for the Challenger alone"]
+CHALLENGER_ALONE = EAGER_WEIGHED["self-reward for the Challenger alone"]
+SOLVER_ALONE = EAGER_WEIGHED["self-reward for the Solver alone"]
+LIGHT, HEAVY = EAGER_WEIGHED["quality 0.25"], EAGER_WEIGHED["quality 4"]
 
 
 def degenerates(r):
@@ -357,9 +359,15 @@ SELF_REWARD = Question(
       ends_higher(EAGER_LSP, EAGER_ZERO, "valid")),
      ("4b. At the end LSP has more right answers than LSP-Zero", beats(EAGER_LSP, EAGER_ZERO)),
      ("4c. Given to the Challenger alone, it keeps queries well formed, too",
-      ends_higher(ALONE, EAGER_ZERO, "valid")),
+      ends_higher(CHALLENGER_ALONE, EAGER_ZERO, "valid")),
      ("4d. Given to the Challenger alone, the model is right more often than with both",
-      beats(ALONE, EAGER_LSP))],
+      beats(CHALLENGER_ALONE, EAGER_LSP)),
+     ("4e. With both, more queries are well formed than with the Solver alone",
+      ends_higher(EAGER_LSP, SOLVER_ALONE, "valid")),
+     ("4f. Eager, weight 4 keeps more queries well formed than weight 0.25",
+      ends_higher(HEAVY, LIGHT, "valid")),
+     ("4g. Eager, with weight 0.25 the model is right more often than with weight 4",
+      beats(LIGHT, HEAVY))],
     lambda r: [gains_panel(r, SELF_REWARD.runs),
                *curve_panels(r, SELF_REWARD.runs[-6:], ("valid", "reward", "spread"))],
     {"valid": "well-formed", "reward": "reward", "spread": "spread", "agreement": "judge right"})

@@ -210,11 +210,12 @@ HOLD = {"SPIN": SHRINKING, "SPIN on its own data": SHRINKING,
         "LSP paid r-zero, eager": 0.3, "LSP, random Challenger": 0.02,
         "LSP, eager, self-reward for the Challenger alone": 0.2, "LSP, 32 answers": 0.15,
         "GRPO, 2,500 steps": 0.2, "LSP paid r-zero, 2,500 steps": 0.3,
-        "GRPO on 32": 0.05, "GRPO on 64": 0.08}
+        "LSP, eager, quality 0.25": 0.2, "GRPO on 32": 0.05, "GRPO on 64": 0.08}
 
 
 def test_claims_that_hold(tmp_path):
-    r = made_up(tmp_path, HOLD, valid={"LSP-Zero, eager": -0.3})
+    r = made_up(tmp_path, HOLD, valid={"LSP-Zero, eager": -0.3, "LSP, eager, quality 0.25": -0.3,
+                                       "LSP, eager, self-reward for the Solver alone": -0.3})
     for name in QUESTIONS:
         verdicts = [verdict for verdict, _ in said(name, r).values()]
         assert set(verdicts) <= {"yes", ""}, (name, said(name, r))
@@ -234,8 +235,10 @@ def test_claims_that_fail(tmp_path):
               "LSP paid r-zero": -0.3, "LSP paid r-zero, eager": -0.3,
               "GRPO on endless data": 0.2, "SPIN on its own data": (-0.1, -0.2), "LSP": -0.15,
               "SPIN, one long iteration": 0.1, "SPIN on its own data, one long iteration": 0.1,
-              "more fine-tuning": 0.1, "LSP, eager, self-reward for the Challenger alone": -0.4}
+              "more fine-tuning": 0.1, "LSP, eager, self-reward for the Challenger alone": -0.4,
+              "LSP, eager, quality 0.25": -0.4}
     r = made_up(tmp_path, shares, valid={"LSP, eager": -0.3, "LSP-Zero, eager": 0.1,
+                                         "LSP, eager, quality 4": -0.3,
                                          "LSP, eager, self-reward for the Challenger alone": -0.3})
     for name in QUESTIONS:
         verdicts = {verdict for verdict, _ in said(name, r).values()}
