@@ -386,6 +386,12 @@ def how_diverse(r):
     return "", ", ".join(f"{run.name} {r.curve(run, 'similarity')[-1]:.2f}" for run in runs)
 
 
+def over_the_hardest(r):
+    """Looked at afterwards: what does each eager pay gain over minimax? No verdict."""
+    gains = {run.name: r.gain(run, over=EAGER_500) for run in EAGER_PAID.values()}
+    return "", ", ".join(f"{name} {points(gain)}" for name, gain in gains.items())
+
+
 PAYS = Question(
     "Does it matter how the Challenger is paid?",
     "Five pays of five papers, and a Challenger that does not learn. LSP pays most for the "
@@ -397,6 +403,7 @@ PAYS = Question(
      ("9b. The same with an eager Challenger", beats(EAGER_PAID["r-zero"], EAGER_500)),
      ("9c. A Challenger that learns beats a random one", beats(LSP, RANDOM)),
      ("9d. The same with an eager Challenger, paid r-zero", beats(EAGER_PAID["r-zero"], RANDOM)),
+     ("9e. Each eager pay minus LSP, eager, sampled", over_the_hardest),
      ("8. Share of pieces that two queries of a step have in common, in the last tenth",
       how_diverse)],
     lambda r: [gains_panel(r, PAYS.runs),
