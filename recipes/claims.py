@@ -81,6 +81,14 @@ def beats(run, other, way="sampled", worse_by=0.0):
     return judge
 
 
+def differences(runs, other, way="sampled"):
+    """A claim's function: what each run gains over another. Looked at afterwards: no verdict."""
+    def judge(r):
+        gains = {run.name: points(r.gain(run, way, over=other)) for run in runs}
+        return "", "; ".join(f"{name} {gain}" for name, gain in gains.items())
+    return judge
+
+
 def worth_of(run):
     """A finding: as how many instructions of data a run is worth, each way."""
     def judge(r):
@@ -367,7 +375,9 @@ SELF_REWARD = Question(
      ("4f. Eager, weight 4 keeps more queries well formed than weight 0.25",
       ends_higher(HEAVY, LIGHT, "valid")),
      ("4g. Eager, with weight 0.25 the model is right more often than with weight 4",
-      beats(LIGHT, HEAVY))],
+      beats(LIGHT, HEAVY)),
+     ("4h. As usual, each weight minus LSP, sampled", differences(WEIGHED.values(), LSP)),
+     ("The same, greedy", differences(WEIGHED.values(), LSP, "greedy"))],
     lambda r: [gains_panel(r, SELF_REWARD.runs),
                *curve_panels(r, SELF_REWARD.runs[-6:], ("valid", "reward", "spread"))],
     {"valid": "well-formed", "reward": "reward", "spread": "spread", "agreement": "judge right"})
@@ -383,13 +393,7 @@ EAGER_PAID = {pay: play(f"LSP paid {pay}, eager", 500, f"{EAGER} --pay {pay}") f
 def how_diverse(r):
     """Not in the papers: does the Challenger's pay change how alike its queries are?"""
     runs = [run for run in PAYS.runs if r.has(run)]
-    return "", ", ".join(f"{run.name} {r.curve(run, 'similarity')[-1]:.2f}" for run in runs)
-
-
-def over_the_hardest(r):
-    """Looked at afterwards: what does each eager pay gain over minimax? No verdict."""
-    gains = {run.name: r.gain(run, over=EAGER_500) for run in EAGER_PAID.values()}
-    return "", ", ".join(f"{name} {points(gain)}" for name, gain in gains.items())
+    return "", "; ".join(f"{run.name} {r.curve(run, 'similarity')[-1]:.2f}" for run in runs)
 
 
 PAYS = Question(
@@ -403,7 +407,7 @@ PAYS = Question(
      ("9b. The same with an eager Challenger", beats(EAGER_PAID["r-zero"], EAGER_500)),
      ("9c. A Challenger that learns beats a random one", beats(LSP, RANDOM)),
      ("9d. The same with an eager Challenger, paid r-zero", beats(EAGER_PAID["r-zero"], RANDOM)),
-     ("9e. Each eager pay minus LSP, eager, sampled", over_the_hardest),
+     ("9e. Each eager pay minus LSP, eager, sampled", differences(EAGER_PAID.values(), EAGER_500)),
      ("8. Share of pieces that two queries of a step have in common, in the last tenth",
       how_diverse)],
     lambda r: [gains_panel(r, PAYS.runs),
