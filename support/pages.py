@@ -3,6 +3,7 @@
 All of it is computed from the values that it is given, a trials.Results and what is declared.
 """
 import textwrap
+from collections import Counter
 from typing import Callable, NamedTuple
 
 from support.report import COLOURS
@@ -157,7 +158,10 @@ def wrapped(text, indent=""):
 # The picture
 
 def draw(path, title, panels):
-    """Draw panels into a picture, four in a row, without pyplot. Empty ones are left out."""
+    """Draw panels into a picture, four in a row, without pyplot. Empty ones are left out.
+
+    A legend covers lines. So one that more than two panels share stands once, below all of them.
+    """
     from matplotlib.figure import Figure
     panels = [panel for panel in panels
               if panel.bands or any(len(xs) for xs, _ in panel.lines.values())] or panels[:1]
@@ -174,7 +178,13 @@ def draw(path, title, panels):
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(panel.x, fontsize=9)
         axis.grid(alpha=0.25)
-        if axis.get_legend_handles_labels()[0]:
+    keys = [axis.get_legend_handles_labels() for axis in every[:len(panels)]]  # (lines, labels)
+    common, times = Counter(tuple(labels) for _, labels in keys).most_common(1)[0]
+    if times > 2:
+        lines = next(lines for lines, labels in keys if tuple(labels) == common)
+        figure.legend(lines, common, fontsize=8, loc="outside lower center", ncols=3)
+    for axis, (_, labels) in zip(every, keys):
+        if labels and (times <= 2 or tuple(labels) != common):
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=80)
 
