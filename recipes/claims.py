@@ -231,6 +231,9 @@ GOES_ON = Question(
      ("The same, greedy", beats(LONG[5000], LONG[2500], "greedy")),
      ("At 2,500 steps LSP is within a point of GRPO on endless data, sampled",
       beats(LONG[2500], LONG_GRPO[2500], worse_by=1.0)),
+     ("1,000 steps of LSP minus as many of GRPO, sampled",
+      differences([LONG[1000]], LONG_GRPO[1000])),
+     ("1,000 steps of LSP minus 500, sampled", differences([LONG[1000]], LSP)),
      # Declared when the Challenger of the first runs of 2,500 steps had come to ask too hard.
      ("In 2,500 steps, paid for queries at the frontier (r-zero), LSP gets further, sampled",
       beats(LONG_R_ZERO, LONG[2500])),
