@@ -82,10 +82,10 @@ def beats(run, other, way="sampled", worse_by=0.0):
 
 
 def differences(runs, other, way="sampled"):
-    """A claim's function: what each run gains over another. Looked at afterwards: no verdict."""
+    """A finding: what each run gains over another. It was not declared, so it has no verdict."""
     def judge(r):
-        gains = {run.name: points(r.gain(run, way, over=other)) for run in runs}
-        return "", "; ".join(f"{name} {gain}" for name, gain in gains.items())
+        gains = [f"{run.name} {points(r.gain(run, way, over=other))}" for run in runs]
+        return "", f"looked at afterwards: {'; '.join(gains)}"
     return judge
 
 
@@ -380,7 +380,11 @@ SELF_REWARD = Question(
      ("4g. Eager, with weight 0.25 the model is right more often than with weight 4",
       beats(LIGHT, HEAVY)),
      ("4h. As usual, each weight minus LSP, sampled", differences(WEIGHED.values(), LSP)),
-     ("The same, greedy", differences(WEIGHED.values(), LSP, "greedy"))],
+     ("The same, greedy", differences(WEIGHED.values(), LSP, "greedy")),
+     ("4i. Eager, each weight minus LSP-Zero, sampled",
+      differences(EAGER_WEIGHED.values(), EAGER_ZERO)),
+     ("4j. Given to the Challenger alone minus to the Solver alone, sampled",
+      differences([CHALLENGER_ALONE], SOLVER_ALONE))],
     lambda r: [gains_panel(r, SELF_REWARD.runs),
                *curve_panels(r, SELF_REWARD.runs[-6:], ("valid", "reward", "spread"))],
     {"valid": "well-formed", "reward": "reward", "spread": "spread", "agreement": "judge right"})

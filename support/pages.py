@@ -178,14 +178,15 @@ def draw(path, title, panels):
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(panel.x, fontsize=9)
         axis.grid(alpha=0.25)
-    keys = [axis.get_legend_handles_labels() for axis in every[:len(panels)]]  # (lines, labels)
-    common, times = Counter(tuple(labels) for _, labels in keys).most_common(1)[0]
-    if times > 2:
-        lines = next(lines for lines, labels in keys if tuple(labels) == common)
-        figure.legend(lines, common, fontsize=8, loc="outside lower center", ncols=3)
-    for axis, (_, labels) in zip(every, keys):
-        if labels and (times <= 2 or tuple(labels) != common):
+    labels = [tuple(axis.get_legend_handles_labels()[1]) for axis in every[:len(panels)]]
+    common, times = Counter(labels).most_common(1)[0]
+    shared = common if times > 2 else ()
+    for axis, names in zip(every, labels):
+        if names and names != shared:
             axis.legend(fontsize=7)
+    if shared:
+        lines, _ = every[labels.index(shared)].get_legend_handles_labels()
+        figure.legend(lines, shared, fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=80)
 
 

@@ -245,6 +245,14 @@ def test_claims_that_fail(tmp_path):
         assert verdicts <= {"no", "not decided", ""} and "no" in verdicts, (name, said(name, r))
 
 
+def test_differences_are_of_each_run_minus_the_other_and_without_a_verdict(tmp_path):
+    """+15 minus +10 is +5, and the other way round -5; nobody declared them."""
+    r = made_up(tmp_path, {"LSP-Zero": 0.15}, [LSP, ZERO])
+    both, other = claims.differences([ZERO, LSP], LSP)(r), claims.differences([LSP], ZERO)(r)
+    assert both == ("", "looked at afterwards: LSP-Zero +5.0 [+2.0, +8.0]; LSP +0.0 [+0.0, +0.0]")
+    assert other == ("", "looked at afterwards: LSP -5.0 [-8.0, -2.0]")
+
+
 def test_a_verdict_that_many_comparisons_do_not_bear_says_so(tmp_path):
     """A gain of 2.5 points on 200 instructions is decided alone, and not among seven."""
     r = made_up(tmp_path, {"LSP": 0.025, "LSP-Zero": 0.025})
@@ -313,6 +321,22 @@ def test_a_panel_with_nothing_in_it_is_not_drawn(tmp_path):
         widths.append(imread(tmp_path / "a.png").shape[1])
     one, with_empty, two, none = widths
     assert one == with_empty == none < two
+
+
+def test_a_legend_of_more_than_two_panels_stands_once_below_them(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **more: drawn.append(figure))
+
+    def panels(*labels):
+        return [pages.Panel("title", {label: ([1, 2], [[1, 1, 1]] * 2)}) for label in labels]
+
+    for labels, below, own in (("aaab", ["a"], [False, False, False, True]),
+                               ("aabb", [], [True] * 4)):
+        pages.draw(tmp_path / "a.png", "title", panels(*labels))
+        figure = drawn.pop()
+        assert [text.get_text() for key in figure.legends for text in key.get_texts()] == below
+        assert [axis.get_legend() is not None for axis in figure.axes] == own
 
 
 def test_without_any_result_nothing_is_drawn(tmp_path):
