@@ -257,6 +257,8 @@ GOES_ON = Question(
 
 OWN = "--judge recipes/own_answer.py:agrees"
 BROAD = play("LSP, 64 queries", 500, "--queries 64")
+BROAD_ZERO = play("LSP-Zero, 64 queries, paid r-zero", 500, "--queries 64 --pay r-zero",
+                  game="lsp-zero")
 VARIANTS = [
     LSP, ZERO, RANDOM, *PAID.values(),
     play("LSP, 32 answers", 500, "--answers 32"), BROAD,
@@ -269,8 +271,7 @@ VARIANTS = [
     play("LSP, the judge answers itself, for the Solver alone", 500,
          f"{OWN} --quality-challenger 0"),
     play("LSP, 32 answers, no KL, paid r-zero", 500, "--answers 32 --kl 0 --pay r-zero"),
-    play("LSP, 64 queries, paid r-zero", 500, "--queries 64 --pay r-zero"),
-    play("LSP-Zero, 64 queries, paid r-zero", 500, "--queries 64 --pay r-zero", game="lsp-zero")]
+    play("LSP, 64 queries, paid r-zero", 500, "--queries 64 --pay r-zero"), BROAD_ZERO]
 LONGER = [LONG[1000], LONG[2500], LONG_R_ZERO, LONG_RANDOM]
 
 
@@ -331,6 +332,10 @@ LEARNING = Question(
       beats(BROAD, LSP, "greedy")),
      ("64 queries a step gain more than as many games in 1,000 steps, greedy",
       beats(BROAD, LONG[1000], "greedy")),
+     ("64 queries, paid r-zero, and no judge: minus LSP, greedy",
+      differences([BROAD_ZERO], LSP, "greedy")),
+     ("As many games of GRPO on endless data, minus that, greedy",
+      differences([LONG_GRPO[1000]], BROAD_ZERO, "greedy")),
      ("LSP gains in pass@8, too", lambda r: (
          verdict(r.gain(LSP, "pass@8")), points(r.gain(LSP, "pass@8"))))],
     learning_panels, {"entropy_solver": "entropy", "kl_solver": "KL"})
