@@ -256,12 +256,12 @@ GOES_ON = Question(
 # Is it learning, or sharpening?
 
 OWN = "--judge recipes/own_answer.py:agrees"
-BROAD = play("LSP, 64 queries", 500, "--queries 64")
-BROAD_ZERO = play("LSP-Zero, 64 queries, paid r-zero", 500, "--queries 64 --pay r-zero",
-                  game="lsp-zero")
+MORE_QUERIES = play("LSP, 64 queries", 500, "--queries 64")
+MORE_QUERIES_NO_JUDGE = play("LSP-Zero, 64 queries, paid r-zero", 500,
+                             "--queries 64 --pay r-zero", game="lsp-zero")
 VARIANTS = [
     LSP, ZERO, RANDOM, *PAID.values(),
-    play("LSP, 32 answers", 500, "--answers 32"), BROAD,
+    play("LSP, 32 answers", 500, "--answers 32"), MORE_QUERIES,
     play("LSP, no KL", 500, "--kl 0"), play("LSP, KL 0.02", 500, "--kl 0.02"),
     play("LSP, temperature 1.2", 500, "--temperature 1.2"),
     play("LSP, rate 3e-4", 500, "--lr 3e-4"),
@@ -271,7 +271,8 @@ VARIANTS = [
     play("LSP, the judge answers itself, for the Solver alone", 500,
          f"{OWN} --quality-challenger 0"),
     play("LSP, 32 answers, no KL, paid r-zero", 500, "--answers 32 --kl 0 --pay r-zero"),
-    play("LSP, 64 queries, paid r-zero", 500, "--queries 64 --pay r-zero"), BROAD_ZERO]
+    play("LSP, 64 queries, paid r-zero", 500, "--queries 64 --pay r-zero"),
+    MORE_QUERIES_NO_JUDGE]
 LONGER = [LONG[1000], LONG[2500], LONG_R_ZERO, LONG_RANDOM]
 
 
@@ -329,13 +330,13 @@ LEARNING = Question(
      ("A variant gains eight points greedy", moves_greedy(VARIANTS + LONGER, 8.0)),
      # These two were declared when one seed of 64 queries had been played.
      ("64 queries a step gain more than 32, greedy, in twice the games",
-      beats(BROAD, LSP, "greedy")),
+      beats(MORE_QUERIES, LSP, "greedy")),
      ("64 queries a step gain more than as many games in 1,000 steps, greedy",
-      beats(BROAD, LONG[1000], "greedy")),
+      beats(MORE_QUERIES, LONG[1000], "greedy")),
      ("64 queries, paid r-zero, and no judge: minus LSP, greedy",
-      differences([BROAD_ZERO], LSP, "greedy")),
+      differences([MORE_QUERIES_NO_JUDGE], LSP, "greedy")),
      ("As many games of GRPO on endless data, minus that, greedy",
-      differences([LONG_GRPO[1000]], BROAD_ZERO, "greedy")),
+      differences([LONG_GRPO[1000]], MORE_QUERIES_NO_JUDGE, "greedy")),
      ("LSP gains in pass@8, too", lambda r: (
          verdict(r.gain(LSP, "pass@8")), points(r.gain(LSP, "pass@8"))))],
     learning_panels, {"entropy_solver": "entropy", "kl_solver": "KL"})
