@@ -367,6 +367,15 @@ def test_a_committed_page_is_that_of_the_committed_results(path):
     assert path.read_text() == pages.page(path.stem, question, r, wanted)
 
 
+def test_a_committed_result_is_of_the_run_that_is_declared(tmp_path):
+    """By another command, or from another start, a row would say what was not played."""
+    queue = Queue(tmp_path, ROOT / "docs" / "results", "all", claims.SETS)
+    declared = {run.slug: run for run in (AT_START, *RUNS)}
+    for path in [path for name in QUESTIONS for path in queue.results.glob(f"{name}/*.json")]:
+        slug, _, seed = path.stem.rpartition("-s")
+        assert queue.is_done(declared[slug], int(seed)), path.name
+
+
 def test_no_committed_result_says_where_it_lay():
     """A path of somebody's machine begins with a slash."""
     for path in (ROOT / "docs" / "results").glob("*/*.json"):
