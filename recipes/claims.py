@@ -259,13 +259,15 @@ OWN = "--judge recipes/own_answer.py:agrees"
 MORE_QUERIES = play("LSP, 64 queries", 500, "--queries 64")
 MORE_QUERIES_NO_JUDGE = play("LSP-Zero, 64 queries, paid r-zero", 500,
                              "--queries 64 --pay r-zero", game="lsp-zero")
+DIVIDED = play("LSP, divided by the deviation", 500, "--advantage std")
+ZERO_DIVIDED = play("LSP-Zero, divided by the deviation", 500, "--advantage std", game="lsp-zero")
 VARIANTS = [
     LSP, ZERO, RANDOM, *PAID.values(),
     play("LSP, 32 answers", 500, "--answers 32"), MORE_QUERIES,
     play("LSP, no KL", 500, "--kl 0"), play("LSP, KL 0.02", 500, "--kl 0.02"),
     play("LSP, temperature 1.2", 500, "--temperature 1.2"),
     play("LSP, rate 3e-4", 500, "--lr 3e-4"),
-    play("LSP, divided by the deviation", 500, "--advantage std"),
+    DIVIDED,
     play("LSP, mean over tokens", 500, "--aggregate mean"),
     play("LSP, the judge answers itself", 500, OWN),
     play("LSP, the judge answers itself, for the Solver alone", 500,
@@ -297,7 +299,7 @@ def moves_greedy(runs, by):
         else:
             said = "not decided"
         best = max(gains, key=lambda run: gains[run][0])
-        more = f" ({left} lack seeds)" if left else ""
+        more = f" ({left} {'lacks' if left == 1 else 'lack'} seeds)" if left else ""
         return said, (f"the best of {len(runs)}{more} is {best.name}: {points(gains[best])} in "
                       f"{r.minutes(best):.1f} minutes of one thread")
     return judge
@@ -305,8 +307,7 @@ def moves_greedy(runs, by):
 
 def learning_panels(r):
     """What moves the best answer, and what all answers. The table has the minutes."""
-    runs = VARIANTS + LONGER
-    return [gains_panel(r, runs, ("greedy", "pass@8")), gains_panel(r, runs, ("sampled",))]
+    return [gains_panel(r, LEARNING.runs, ways) for ways in (("greedy", "pass@8"), ("sampled",))]
 
 
 def gains_panel(r, runs, ways=("sampled", "greedy")):
@@ -319,11 +320,11 @@ def gains_panel(r, runs, ways=("sampled", "greedy")):
 LEARNING = Question(
     "Is it learning, or sharpening?",
     "A model that is only surer of its answers gains sampled, not greedy, and pass@8 falls. Each "
-    "variant of 500 steps changes one thing of LSP, but for the last three, which change several. "
+    "variant of 500 steps changes one thing of LSP, but for the last four, which change several. "
     "Those of 64 queries a step play twice the games. That none gains so much is said once all are "
     "played, and the interval of each ends below it. That one does is said with an interval for so "
     "many tries.",
-    VARIANTS + LONGER,
+    [*VARIANTS, ZERO_DIVIDED, *LONGER],
     [("LSP gains greedy in 500 steps", lambda r: (
         verdict(r.gain(LSP, "greedy")), points(r.gain(LSP, "greedy")))),
      ("A variant of 500 steps gains four points greedy", moves_greedy(VARIANTS, 4.0)),
@@ -337,6 +338,12 @@ LEARNING = Question(
       differences([MORE_QUERIES_NO_JUDGE], LSP, "greedy")),
      ("As many games of GRPO on endless data, minus that, greedy",
       differences([LONG_GRPO[1000]], MORE_QUERIES_NO_JUDGE, "greedy")),
+     ("LSP divided by the deviation, as GRPO is, minus LSP, greedy",
+      differences([DIVIDED], LSP, "greedy")),
+     # These two were declared when LSP so divided had been played. LSP-Zero has no judge.
+     ("Divided, LSP-Zero gains more than LSP, greedy", beats(ZERO_DIVIDED, DIVIDED, "greedy")),
+     ("Divided, LSP-Zero comes within a point of itself, greedy",
+      beats(ZERO_DIVIDED, ZERO, "greedy", worse_by=1.0)),
      ("LSP gains in pass@8, too", lambda r: (
          verdict(r.gain(LSP, "pass@8")), points(r.gain(LSP, "pass@8"))))],
     learning_panels, {"entropy_solver": "entropy", "kl_solver": "KL"})

@@ -211,7 +211,7 @@ HOLD = {"SPIN": SHRINKING, "SPIN on its own data": SHRINKING,
         "LSP, eager, self-reward for the Challenger alone": 0.2, "LSP, 32 answers": 0.15,
         "GRPO, 2,500 steps": 0.2, "LSP paid r-zero, 2,500 steps": 0.3,
         "LSP, eager, quality 0.25": 0.2, "LSP, 64 queries": 0.15, "GRPO on 32": 0.05,
-        "GRPO on 64": 0.08}
+        "GRPO on 64": 0.08, "LSP-Zero, divided by the deviation": 0.2}
 
 
 def test_claims_that_hold(tmp_path):
@@ -237,7 +237,8 @@ def test_claims_that_fail(tmp_path):
               "GRPO on endless data": 0.2, "SPIN on its own data": (-0.1, -0.2), "LSP": -0.15,
               "SPIN, one long iteration": 0.1, "SPIN on its own data, one long iteration": 0.1,
               "more fine-tuning": 0.1, "LSP, eager, self-reward for the Challenger alone": -0.4,
-              "LSP, eager, quality 0.25": -0.4, "LSP, 64 queries": -0.2}
+              "LSP, eager, quality 0.25": -0.4, "LSP, 64 queries": -0.2,
+              "LSP-Zero, divided by the deviation": -0.2}
     r = made_up(tmp_path, shares, valid={"LSP, eager": -0.3, "LSP-Zero, eager": 0.1,
                                          "LSP, eager, quality 4": -0.3,
                                          "LSP, eager, self-reward for the Challenger alone": -0.3})
@@ -271,6 +272,7 @@ def test_no_variant_gains_so_much_is_said_once_all_are_played(tmp_path):
     assert "is LSP-Zero: +15.0 [+10.0" in of[22][1] and "is LSP-Zero: +15.0 [+7.3" in of[3][1]
     said, figures = claims.moves_greedy(claims.VARIANTS + claims.LONGER, 22)(r)
     assert said == "not decided" and "the best of 24 (4 lack seeds) is LSP-Zero" in figures
+    assert "2 (1 lacks seeds)" in claims.moves_greedy([LSP, claims.LONG[1000]], 22)(r)[1]
     with pytest.raises(Missing):
         claims.moves_greedy(claims.LONGER, 8)(r)
     one = made_up(tmp_path / "one", {}, claims.VARIANTS, seeds=(10,))
