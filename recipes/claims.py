@@ -259,16 +259,15 @@ OWN = "--judge recipes/own_answer.py:agrees"
 MORE_QUERIES = play("LSP, 64 queries", 500, "--queries 64")
 MORE_QUERIES_NO_JUDGE = play("LSP-Zero, 64 queries, paid r-zero", 500,
                              "--queries 64 --pay r-zero", game="lsp-zero")
+HOTTER = play("LSP, temperature 1.2", 500, "--temperature 1.2")
+FASTER = play("LSP, rate 3e-4", 500, "--lr 3e-4")
 DIVIDED = play("LSP, divided by the deviation", 500, "--advantage std")
 ZERO_DIVIDED = play("LSP-Zero, divided by the deviation", 500, "--advantage std", game="lsp-zero")
 VARIANTS = [
     LSP, ZERO, RANDOM, *PAID.values(),
     play("LSP, 32 answers", 500, "--answers 32"), MORE_QUERIES,
     play("LSP, no KL", 500, "--kl 0"), play("LSP, KL 0.02", 500, "--kl 0.02"),
-    play("LSP, temperature 1.2", 500, "--temperature 1.2"),
-    play("LSP, rate 3e-4", 500, "--lr 3e-4"),
-    DIVIDED,
-    play("LSP, mean over tokens", 500, "--aggregate mean"),
+    HOTTER, FASTER, DIVIDED, play("LSP, mean over tokens", 500, "--aggregate mean"),
     play("LSP, the judge answers itself", 500, OWN),
     play("LSP, the judge answers itself, for the Solver alone", 500,
          f"{OWN} --quality-challenger 0"),
@@ -338,8 +337,9 @@ LEARNING = Question(
       differences([MORE_QUERIES_NO_JUDGE], LSP, "greedy")),
      ("As many games of GRPO on endless data, minus that, greedy",
       differences([LONG_GRPO[1000]], MORE_QUERIES_NO_JUDGE, "greedy")),
-     ("LSP divided by the deviation, as GRPO is, minus LSP, greedy",
-      differences([DIVIDED], LSP, "greedy")),
+     ("Hotter, faster, or divided by the deviation as GRPO is: minus LSP, sampled",
+      differences([HOTTER, FASTER, DIVIDED], LSP)),
+     ("The same, greedy", differences([HOTTER, FASTER, DIVIDED], LSP, "greedy")),
      # These two were declared when LSP so divided had been played. LSP-Zero has no judge.
      ("Divided, LSP-Zero gains more than LSP, greedy", beats(ZERO_DIVIDED, DIVIDED, "greedy")),
      ("Divided, LSP-Zero comes within a point of itself, greedy",
