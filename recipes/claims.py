@@ -245,6 +245,8 @@ GOES_ON = Question(
      ("The same, greedy", beats(LONG_R_ZERO, LONG_RANDOM, "greedy")),
      ("Five starts of 500 steps get further than one of 2,500, greedy",
       beats(RESTARTED[-1], LONG[2500], "greedy")),
+     ("Each restart minus LSP, sampled", differences(RESTARTED[1:], LSP)),
+     ("The same, greedy", differences(RESTARTED[1:], LSP, "greedy")),
      ("5. Self-play after GRPO improves on GRPO alone", beats(THEN_LSP, GRPO)),
      ("5b. That minus 1,000 steps of GRPO, sampled", differences([THEN_LSP], LONG_GRPO[1000])),
      ("The same, greedy", differences([THEN_LSP], LONG_GRPO[1000], "greedy"))],
