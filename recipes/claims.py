@@ -348,7 +348,7 @@ LEARNING = Question(
       beats(ZERO_DIVIDED, ZERO, "greedy", worse_by=1.0)),
      ("LSP gains in pass@8, too", lambda r: (
          verdict(r.gain(LSP, "pass@8")), points(r.gain(LSP, "pass@8"))))],
-    learning_panels, {"entropy_solver": "entropy", "kl_solver": "KL"})
+    learning_panels, {"entropy_solver": "entropy", "kl_solver": "KL", "agreement": "judge right"})
 
 
 # --------------------------------------------------------------------------------------------------
