@@ -249,7 +249,11 @@ GOES_ON = Question(
      ("The same, greedy", differences(RESTARTED[1:], LSP, "greedy")),
      ("5. Self-play after GRPO improves on GRPO alone", beats(THEN_LSP, GRPO)),
      ("5b. That minus 1,000 steps of GRPO, sampled", differences([THEN_LSP], LONG_GRPO[1000])),
-     ("The same, greedy", differences([THEN_LSP], LONG_GRPO[1000], "greedy"))],
+     ("The same, greedy", differences([THEN_LSP], LONG_GRPO[1000], "greedy")),
+     # Declared before the first run of LSP, then GRPO.
+     ("GRPO after LSP comes within a point of 1,000 steps of GRPO, sampled",
+      beats(THEN_GRPO, LONG_GRPO[1000], worse_by=1.0)),
+     ("The same, greedy", beats(THEN_GRPO, LONG_GRPO[1000], "greedy", 1.0))],
     goes_on_panels, {"reward": "reward", "valid": "well-formed", "spread": "spread",
                      "agreement": "judge right", "distinct": "distinct"})
 

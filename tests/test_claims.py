@@ -238,7 +238,7 @@ def test_claims_that_fail(tmp_path):
               "SPIN, one long iteration": 0.1, "SPIN on its own data, one long iteration": 0.1,
               "more fine-tuning": 0.1, "LSP, eager, self-reward for the Challenger alone": -0.4,
               "LSP, eager, quality 0.25": -0.4, "LSP, 64 queries": -0.2,
-              "LSP-Zero, divided by the deviation": -0.2}
+              "LSP-Zero, divided by the deviation": -0.2, "LSP, then GRPO": -0.2}
     r = made_up(tmp_path, shares, valid={"LSP, eager": -0.3, "LSP-Zero, eager": 0.1,
                                          "LSP, eager, quality 4": -0.3,
                                          "LSP, eager, self-reward for the Challenger alone": -0.3})
