@@ -134,13 +134,15 @@ WORTH = Question(
     "GRPO learns from a fixed set of n instructions, or from endless fresh ones; LSP and LSP-Zero "
     "learn from none. All play as many games: 500 steps of 32 queries and 16 answers. Each seed "
     "draws a set of its own. The size at which GRPO's curve reaches LSP says what LSP is worth "
-    "(the curve is made to rise, and read on a logarithmic axis; the interval is a bootstrap over "
-    "seeds and instructions).",
+    "(a curve that never falls is fitted to GRPO's, and read on a logarithmic axis; the interval "
+    "is a bootstrap over seeds and instructions).",
     [LSP, ZERO, GRPO, *ON_DATA.values()],
     [("1. LSP improves the start without data", improves(LSP)),
      ("1b. So does LSP-Zero", improves(ZERO)),
      ("2. LSP comes within a point of GRPO on endless data", beats(LSP, GRPO, worse_by=1.0)),
      ("2b. The same, greedy", beats(LSP, GRPO, "greedy", 1.0)),
+     ("2c. LSP minus GRPO on 4,096 instructions, greedy",
+      differences([LSP], ON_DATA[4096], "greedy")),
      ("LSP is worth so many instructions", worth_of(LSP)),
      ("LSP-Zero is worth so many", worth_of(ZERO)),
      ("10. LSP also improves chains one operation longer than any in training",
@@ -220,9 +222,10 @@ def curve_panels(r, runs, keys=("reward", "valid", "spread", "agreement")):
 
 GOES_ON = Question(
     "Does it go on?",
-    "The same games, with the schedule stretched to more steps. Three of 2,500 steps are scored "
-    "on the way, too, before the learning rate has decayed. Restarted: the result of 500 steps "
-    "becomes the start, the judge and the reference of the next 500.",
+    "The games of 500 steps, and longer ones, whose learning-rate schedule is stretched to fit. "
+    "Three of the games of 2,500 steps are scored at steps 500, 1,000, 1,500 and 2,000, too, "
+    "before the learning rate has decayed. In a restart, the result of 500 steps becomes the "
+    "start, the judge and the reference of the next 500.",
     [*LONG.values(), *LONG_GRPO.values(), PAID["r-zero"], LONG_R_ZERO, RANDOM, LONG_RANDOM,
      *RESTARTED[1:], THEN_LSP, THEN_GRPO],
     [("LSP goes on from 500 to 2,500 steps, sampled", beats(LONG[2500], LSP)),
@@ -245,6 +248,8 @@ GOES_ON = Question(
      ("The same, greedy", beats(LONG_R_ZERO, LONG_RANDOM, "greedy")),
      ("Five starts of 500 steps get further than one of 2,500, greedy",
       beats(RESTARTED[-1], LONG[2500], "greedy")),
+     ("The last restart minus the first start, greedy",
+      differences(RESTARTED[-1:], AT_START, "greedy")),
      ("Each restart minus LSP, sampled", differences(RESTARTED[1:], LSP)),
      ("The same, greedy", differences(RESTARTED[1:], LSP, "greedy")),
      ("5. Self-play after GRPO improves on GRPO alone", beats(THEN_LSP, GRPO)),
@@ -269,14 +274,15 @@ HOTTER = play("LSP, temperature 1.2", 500, "--temperature 1.2")
 FASTER = play("LSP, rate 3e-4", 500, "--lr 3e-4")
 DIVIDED = play("LSP, divided by the deviation", 500, "--advantage std")
 ZERO_DIVIDED = play("LSP-Zero, divided by the deviation", 500, "--advantage std", game="lsp-zero")
+OWN_JUDGE = [play("LSP, the judge answers itself", 500, OWN),
+             play("LSP, the judge answers itself, for the Solver alone", 500,
+                  f"{OWN} --quality-challenger 0")]
 VARIANTS = [
     LSP, ZERO, RANDOM, *PAID.values(),
     play("LSP, 32 answers", 500, "--answers 32"), MORE_QUERIES,
     play("LSP, no KL", 500, "--kl 0"), play("LSP, KL 0.02", 500, "--kl 0.02"),
     HOTTER, FASTER, DIVIDED, play("LSP, mean over tokens", 500, "--aggregate mean"),
-    play("LSP, the judge answers itself", 500, OWN),
-    play("LSP, the judge answers itself, for the Solver alone", 500,
-         f"{OWN} --quality-challenger 0"),
+    *OWN_JUDGE,
     play("LSP, 32 answers, no KL, paid r-zero", 500, "--answers 32 --kl 0 --pay r-zero"),
     play("LSP, 64 queries, paid r-zero", 500, "--queries 64 --pay r-zero"),
     MORE_QUERIES_NO_JUDGE]
@@ -326,9 +332,9 @@ LEARNING = Question(
     "Is it learning, or sharpening?",
     "A model that is only surer of its answers gains sampled, not greedy, and pass@8 falls. Each "
     "variant of 500 steps changes one thing of LSP, but for the last four, which change several. "
-    "Those of 64 queries a step play twice the games. That none gains so much is said once all are "
-    "played, and the interval of each ends below it. That one does is said with an interval for so "
-    "many tries.",
+    "Those of 64 queries a step play twice as many games. For the verdict that no variant gains "
+    "four (or eight) points, all must have been played, and the interval of each must end below "
+    "that. For the verdict that one does, its interval is corrected for the number of variants.",
     [*VARIANTS, ZERO_DIVIDED, *LONGER],
     [("LSP gains greedy in 500 steps", lambda r: (
         verdict(r.gain(LSP, "greedy")), points(r.gain(LSP, "greedy")))),
@@ -346,6 +352,8 @@ LEARNING = Question(
      ("Hotter, faster, or divided by the deviation as GRPO is: minus LSP, sampled",
       differences([HOTTER, FASTER, DIVIDED], LSP)),
      ("The same, greedy", differences([HOTTER, FASTER, DIVIDED], LSP, "greedy")),
+     ("The judge answers itself: minus LSP, sampled", differences(OWN_JUDGE, LSP)),
+     ("The same, greedy", differences(OWN_JUDGE, LSP, "greedy")),
      # These two were declared when LSP so divided had been played. LSP-Zero has no judge.
      ("Divided, LSP-Zero gains more than LSP, greedy", beats(ZERO_DIVIDED, DIVIDED, "greedy")),
      ("Divided, LSP-Zero comes within a point of itself, greedy",

@@ -33,11 +33,18 @@ class Panel(NamedTuple):
 LEGEND = ("Right answers on held-out instructions, by which no setting was chosen; gains over the "
           "start in points, paired by instruction. *sampled*: at temperature 1, eight answers to "
           "each; *pass@8*: one of the eight is right; *chains of four*: one operation more than in "
-          "any training, sampled; the other columns: means of the last tenth of the steps; "
-          "*minutes*: of one thread, on the machine that played the run. Intervals are of 95 %: "
-          "Student's t over seeds and the normal one over instructions, added in squares; with one "
-          "seed, over instructions alone. Where a verdict would be another if all comparisons of "
-          "this page are to hold together (Bonferroni), that is said.")
+          "any training, sampled; {ends}*minutes*: of one thread, on the machine that played the "
+          "run, with those of the runs it began from. Intervals are of 95 %: Student's t over "
+          "seeds and the normal one over instructions, added in squares; with one seed, over "
+          "instructions alone. Some verdicts change if the intervals are corrected for the number "
+          "of comparisons on this page (Bonferroni). They say so.")
+ENDS = {  # the columns that a question may add, and what they are
+    "reward": "the mean reward", "well-formed": "the share of queries that have a right answer",
+    "spread": "the share of groups whose rewards differ",
+    "judge right": "how often the judge prefers the right one of a right and a wrong answer",
+    "distinct": "the share of different queries in a step",
+    "entropy": "of the answers, nats a token",
+    "KL": "of the Solver from the reference, nats a token"}
 
 
 def points(interval):
@@ -71,7 +78,7 @@ def claims(question, r):
     together = judged(question, r._replace(outside=r.outside / max(1, decided)))
     lines = []
     for (claim, said, figures), (_, strict, _) in zip(found, together):
-        also = f" (of {decided} comparisons together: {strict})" if strict != said else ""
+        also = f" (corrected for {decided} comparisons: {strict})" if strict != said else ""
         figures = figures[:1].upper() + figures[1:]
         lines.append(f"- **{claim}{f': {said}' if said else ''}.**{also} {figures}.")
     return lines
@@ -139,13 +146,21 @@ def page(name, question, r, wanted, said=""):
                           "verdicts are leads, not results."), ""]
     seeds, commits = ({x[key] for x in results} for key in ("seed", "commit"))
     return "\n".join([
-        *lines, f"![{question.title}]({name}.png)", "", table(question, r), "", wrapped(LEGEND), "",
+        *lines, f"![{question.title}]({name}.png)", "", table(question, r), "",
+        wrapped(legend(question)), "",
         *(wrapped(line, "  ") for line in claims(question, r)), "",
         f"    python recipes/claims.py {name}{said.partition(':')[0]}", "",
         wrapped(f"{len(results)} results, seeds {', '.join(map(str, sorted(seeds)))}; commits "
                 f"{', '.join(sorted(commits))}; {sum(x.get('minutes', 0) for x in results):.0f} "
                 "minutes of one thread in all, without the scores. Each result is a file in the "
                 f"folder {name}/ beside this page, or in that of another question."), ""])
+
+
+def legend(question):
+    """What the columns of a question's table are, and its intervals, as a paragraph."""
+    ends = "; ".join(f"*{name}*: {ENDS[name]}" for name in question.ends.values())
+    return LEGEND.format(ends=f"{ends}; these are means of the last tenth of the steps; "
+                         if ends else "")
 
 
 def wrapped(text, indent=""):

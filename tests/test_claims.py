@@ -259,8 +259,8 @@ def test_a_verdict_that_many_comparisons_do_not_bear_says_so(tmp_path):
     """A gain of 2.5 points on 200 instructions is decided alone, and not among seven."""
     r = made_up(tmp_path, {"LSP": 0.025, "LSP-Zero": 0.025})
     line = pages.claims(QUESTIONS["worth"], r)[0]
-    assert line.startswith("- **1. LSP improves the start without data: yes.** (of 5 comparisons "
-                           "together: not decided) Sampled +2.5 [")
+    assert line.startswith("- **1. LSP improves the start without data: yes.** (corrected for 5 "
+                           "comparisons: not decided) Sampled +2.5 [")
 
 
 def test_no_variant_gains_so_much_is_said_once_all_are_played(tmp_path):
@@ -311,6 +311,9 @@ def test_a_page_and_its_picture_are_drawn_from_results_alone(name, tmp_path, cap
                "spin": [f"| SPIN, iteration {t} | 3 | " for t in range(4)]}
     assert all(row in text for row in several.get(name, []))
     assert "quick" not in text and f"    python recipes/claims.py {name}\n" in text
+    own = QUESTIONS[name].ends.values()
+    assert all(f"*{column}*: " in text.replace("\n", " ") for column in own)
+    assert ("tenth of the steps" in text) == bool(own)
 
 
 def test_a_panel_with_nothing_in_it_is_not_drawn(tmp_path):
