@@ -71,7 +71,7 @@ def _run(main):
     try:
         main()
         return 0
-    except UserError as error:
+    except (UserError, TimeUp) as error:  # TimeUp: a time limit that ended while it was lifted
         return _complain(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -28,6 +28,7 @@ def ends(monkeypatch, capsys, error=None):
 @pytest.mark.parametrize("error, code, said", [
     (None, 0, ""),
     (UserError("no luck"), 2, "selfplay.py: error: no luck\n"),
+    (console.TimeUp("too late"), 2, "selfplay.py: error: too late\n"),
     (KeyboardInterrupt(), 130, "stopped\n"),
     *((OSError(number, "it is full", "runs/a/games.jsonl"), 2,
        "selfplay.py: error: no room left for runs/a/games.jsonl (it is full); "
