@@ -234,6 +234,11 @@ GOES_ON = Question(
      ("The same, greedy", beats(LONG[5000], LONG[2500], "greedy")),
      ("At 2,500 steps LSP is within a point of GRPO on endless data, sampled",
       beats(LONG[2500], LONG_GRPO[2500], worse_by=1.0)),
+     # Declared before a run of 5,000 steps had been scored.
+     ("The same at 5,000 steps", beats(LONG[5000], LONG_GRPO[5000], worse_by=1.0)),
+     ("GRPO on endless data goes on from 2,500 to 5,000 steps, sampled",
+      beats(LONG_GRPO[5000], LONG_GRPO[2500])),
+     ("The same, greedy", beats(LONG_GRPO[5000], LONG_GRPO[2500], "greedy")),
      ("1,000 steps of LSP minus as many of GRPO, sampled",
       differences([LONG[1000]], LONG_GRPO[1000])),
      ("1,000 steps of LSP minus 500, sampled", differences([LONG[1000]], LSP)),

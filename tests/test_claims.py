@@ -209,7 +209,7 @@ HOLD = {"SPIN": SHRINKING, "SPIN on its own data": SHRINKING,
         "GRPO, then LSP": 0.2, "LSP-Zero, eager": 0.05, "LSP paid r-zero": 0.2,
         "LSP paid r-zero, eager": 0.3, "LSP, random Challenger": 0.02,
         "LSP, eager, self-reward for the Challenger alone": 0.2, "LSP, 32 answers": 0.15,
-        "GRPO, 2,500 steps": 0.2, "LSP paid r-zero, 2,500 steps": 0.3,
+        "GRPO, 2,500 steps": 0.2, "GRPO, 5,000 steps": 0.3, "LSP paid r-zero, 2,500 steps": 0.3,
         "LSP, eager, quality 0.25": 0.2, "LSP, 64 queries": 0.15, "GRPO on 32": 0.05,
         "GRPO on 64": 0.08, "LSP-Zero, divided by the deviation": 0.2}
 
@@ -238,7 +238,8 @@ def test_claims_that_fail(tmp_path):
               "SPIN, one long iteration": 0.1, "SPIN on its own data, one long iteration": 0.1,
               "more fine-tuning": 0.1, "LSP, eager, self-reward for the Challenger alone": -0.4,
               "LSP, eager, quality 0.25": -0.4, "LSP, 64 queries": -0.2,
-              "LSP-Zero, divided by the deviation": -0.2, "LSP, then GRPO": -0.2}
+              "LSP-Zero, divided by the deviation": -0.2, "LSP, then GRPO": -0.2,
+              "GRPO, 5,000 steps": -0.2}
     r = made_up(tmp_path, shares, valid={"LSP, eager": -0.3, "LSP-Zero, eager": 0.1,
                                          "LSP, eager, quality 4": -0.3,
                                          "LSP, eager, self-reward for the Challenger alone": -0.3})
