@@ -6,7 +6,7 @@ import textwrap
 from collections import Counter
 from typing import Callable, NamedTuple
 
-from support.report import COLOURS
+from support.report import COLOURS, PANELS
 from support.trials import AT_START, FOUR, Missing
 
 
@@ -38,13 +38,6 @@ LEGEND = ("Right answers on held-out instructions, by which no setting was chose
           "seeds and the normal one over instructions, added in squares; with one seed, over "
           "instructions alone. Some verdicts change if the intervals are corrected for the number "
           "of comparisons on this page (Bonferroni). They say so.")
-ENDS = {  # the columns that a question may add, and what they are
-    "reward": "the mean reward", "well-formed": "the share of queries that have a right answer",
-    "spread": "the share of groups whose rewards differ",
-    "judge right": "how often the judge prefers the right one of a right and a wrong answer",
-    "distinct": "the share of different queries in a step",
-    "entropy": "of the answers, nats a token",
-    "KL": "of the Solver from the reference, nats a token"}
 
 
 def points(interval):
@@ -158,8 +151,8 @@ def page(name, question, r, wanted, said=""):
 
 def legend(question):
     """What the columns of a question's table are, and its intervals, as a paragraph."""
-    ends = "; ".join(f"*{name}*: {ENDS[name]}" for name in question.ends.values())
-    return LEGEND.format(ends=f"{ends}; these are means of the last tenth of the steps; "
+    ends = "".join(f"*{name}*: `{key}`, {PANELS[key]}; " for key, name in question.ends.items())
+    return LEGEND.format(ends=f"from metrics.jsonl, over the last tenth of the steps: {ends}"
                          if ends else "")
 
 

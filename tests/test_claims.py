@@ -257,7 +257,7 @@ def test_differences_are_of_each_run_minus_the_other_and_without_a_verdict(tmp_p
 
 
 def test_a_verdict_that_many_comparisons_do_not_bear_says_so(tmp_path):
-    """A gain of 2.5 points on 200 instructions is decided alone, and not among seven."""
+    """A gain of 2.5 points on 200 instructions is decided alone, and not among five."""
     r = made_up(tmp_path, {"LSP": 0.025, "LSP-Zero": 0.025})
     line = pages.claims(QUESTIONS["worth"], r)[0]
     assert line.startswith("- **1. LSP improves the start without data: yes.** (corrected for 5 "
@@ -312,8 +312,8 @@ def test_a_page_and_its_picture_are_drawn_from_results_alone(name, tmp_path, cap
                "spin": [f"| SPIN, iteration {t} | 3 | " for t in range(4)]}
     assert all(row in text for row in several.get(name, []))
     assert "quick" not in text and f"    python recipes/claims.py {name}\n" in text
-    own = QUESTIONS[name].ends.values()
-    assert all(f"*{column}*: " in text.replace("\n", " ") for column in own)
+    own = QUESTIONS[name].ends
+    assert all(f"*{column}*: `{key}`, " in text.replace("\n", " ") for key, column in own.items())
     assert ("tenth of the steps" in text) == bool(own)
 
 
