@@ -225,18 +225,24 @@ class QualityReward:
         self.lead, digits = tokenizer.choices(question, "01234567")
         self.digits = torch.tensor(digits, device=reference.cos.device)  # [8]
 
-    @torch.no_grad()
     def __call__(self, queries, answers):
         """R_Q [N, G], 0 to 1, of N texts and N lists of G texts."""
         def grade(different):
-            texts = [self.ids(query, answer)
-                     for query, group in zip(queries, different) for answer in group]
-            hidden = last_states(self.model, texts, self.micro_batch)  # [different answers, D]
-            # Among the digits alone, [different answers, 8].
-            p = F.linear(hidden, self.model.head[self.digits]).float().softmax(-1)
+            p = self.chances(queries, different)
             return p @ torch.arange(8.0, device=p.device)
+        return each_once(grade, answers) / 7
+
+    @torch.no_grad()
+    def chances(self, queries, answers):
+        """p [n, 8] of n answers in all: how probable each grade is, among the digits alone.
+
+        queries: N texts. answers: N lists of texts, of any lengths.
+        """
+        texts = [self.ids(query, answer)
+                 for query, group in zip(queries, answers) for answer in group]
         with machine.resident(self.model):
-            return each_once(grade, answers) / 7
+            hidden = last_states(self.model, texts, self.micro_batch)  # [n, D]
+            return F.linear(hidden, self.model.head[self.digits]).float().softmax(-1)
 
     def ids(self, query, answer):
         """What the judge is asked about an exchange. What is too long is cut from behind."""

@@ -381,6 +381,9 @@ EAGER_ZERO = play("LSP-Zero, eager", 900, EAGER, game="lsp-zero")
 EAGER_LSP = play("LSP, eager", 900, EAGER)
 EAGER_WEIGHED = {name: play(f"LSP, eager, {name}", 900, f"{EAGER} {flags}")
                  for name, flags in WEIGHTS.items()}
+WRITES = "--judge recipes/written_grade.py:writes"
+WRITTEN = play("LSP, grades written", 500, WRITES)
+EAGER_WRITTEN = play("LSP, eager, grades written", 900, f"{EAGER} {WRITES}")
 CHALLENGER_ALONE = EAGER_WEIGHED["self-reward for the Challenger alone"]
 SOLVER_ALONE = EAGER_WEIGHED["self-reward for the Solver alone"]
 LIGHT, HEAVY = EAGER_WEIGHED["quality 0.25"], EAGER_WEIGHED["quality 4"]
@@ -405,9 +408,11 @@ def ends_higher(run, other, key):
 SELF_REWARD = Question(
     "What does the self-reward do?",
     "The quality self-reward R_Q with weight 0 (LSP-Zero), 0.25, 1 (LSP) and 4, and given to one "
-    "player alone. Once as usual, and once with an eager Challenger (alpha_Ch 0.03) for 900 steps, "
-    "in which LSP-Zero's queries lose their form.",
-    [ZERO, LSP, *WEIGHED.values(), EAGER_ZERO, EAGER_LSP, *EAGER_WEIGHED.values()],
+    "player alone. Then one sampled grade of each answer (grades written), as in the paper, in "
+    "place of the expected one. All of it once as usual, and once with an eager Challenger "
+    "(alpha_Ch 0.03) for 900 steps, in which LSP-Zero's queries lose their form.",
+    [ZERO, LSP, *WEIGHED.values(), WRITTEN,
+     EAGER_ZERO, EAGER_LSP, *EAGER_WEIGHED.values(), EAGER_WRITTEN],
     [("3. LSP-Zero improves, then its queries degenerate (eager)", degenerates),
      ("4a. The self-reward prevents this: more well-formed queries at the end",
       ends_higher(EAGER_LSP, EAGER_ZERO, "valid")),
@@ -427,9 +432,17 @@ SELF_REWARD = Question(
      ("4i. Eager, each weight minus LSP-Zero, sampled",
       differences(EAGER_WEIGHED.values(), EAGER_ZERO)),
      ("4j. Given to the Challenger alone minus to the Solver alone, sampled",
-      differences([CHALLENGER_ALONE], SOLVER_ALONE))],
+      differences([CHALLENGER_ALONE], SOLVER_ALONE)),
+     # These four were declared when all other runs of this question had been played.
+     ("4k. Where grades are written, LSP comes within a point of LSP as it is, sampled",
+      beats(WRITTEN, LSP, worse_by=1.0)),
+     ("The same, greedy", beats(WRITTEN, LSP, "greedy", 1.0)),
+     ("4l. Eager, where grades are written, LSP comes within a point, too, sampled",
+      beats(EAGER_WRITTEN, EAGER_LSP, worse_by=1.0)),
+     ("4m. Eager, written grades keep queries well formed, too",
+      ends_higher(EAGER_WRITTEN, EAGER_ZERO, "valid"))],
     lambda r: [gains_panel(r, SELF_REWARD.runs),
-               *curve_panels(r, SELF_REWARD.runs[-6:], ("valid", "reward", "spread"))],
+               *curve_panels(r, SELF_REWARD.runs[-7:], ("valid", "reward", "spread"))],
     {"valid": "well-formed", "reward": "reward", "spread": "spread", "agreement": "judge right"})
 
 

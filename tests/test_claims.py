@@ -211,7 +211,8 @@ HOLD = {"SPIN": SHRINKING, "SPIN on its own data": SHRINKING,
         "LSP, eager, self-reward for the Challenger alone": 0.2, "LSP, 32 answers": 0.15,
         "GRPO, 2,500 steps": 0.2, "GRPO, 5,000 steps": 0.3, "LSP paid r-zero, 2,500 steps": 0.3,
         "LSP, eager, quality 0.25": 0.2, "LSP, 64 queries": 0.15, "GRPO on 32": 0.05,
-        "GRPO on 64": 0.08, "LSP-Zero, divided by the deviation": 0.2}
+        "GRPO on 64": 0.08, "LSP-Zero, divided by the deviation": 0.2,
+        "LSP, grades written": 0.15, "LSP, eager, grades written": 0.15}
 
 
 def test_claims_that_hold(tmp_path):
@@ -239,9 +240,11 @@ def test_claims_that_fail(tmp_path):
               "more fine-tuning": 0.1, "LSP, eager, self-reward for the Challenger alone": -0.4,
               "LSP, eager, quality 0.25": -0.4, "LSP, 64 queries": -0.2,
               "LSP-Zero, divided by the deviation": -0.2, "LSP, then GRPO": -0.2,
-              "GRPO, 5,000 steps": -0.2}
+              "GRPO, 5,000 steps": -0.2, "LSP, grades written": -0.2,
+              "LSP, eager, grades written": -0.3}
     r = made_up(tmp_path, shares, valid={"LSP, eager": -0.3, "LSP-Zero, eager": 0.1,
                                          "LSP, eager, quality 4": -0.3,
+                                         "LSP, eager, grades written": -0.3,
                                          "LSP, eager, self-reward for the Challenger alone": -0.3})
     for name in QUESTIONS:
         verdicts = {verdict for verdict, _ in said(name, r).values()}

@@ -16,7 +16,16 @@ import evaluate
 import model as llama
 import selfplay
 import spin
-from recipes import lance, multiagent, neighbours, own_answer, r_zero, reverse_gen, self_training
+from recipes import (
+    lance,
+    multiagent,
+    neighbours,
+    own_answer,
+    r_zero,
+    reverse_gen,
+    self_training,
+    written_grade,
+)
 from support import console, forks, learning, report, trials
 from tiny import language
 
@@ -500,3 +509,24 @@ def test_a_judge_that_answers_itself(tiny):
     different = [*dict.fromkeys(texts), "of nobody"]
     assert own_answer.agrees(["Add 2 and 3."], [different]) == [
         [texts.count(text) / 16 for text in different]]
+
+
+def test_a_judge_that_writes_its_grade():
+    """400 verdicts on each answer: on average they are the expected grade, each is a whole digit.
+
+    Equal answers are graded apart, so two seldom get the same. The same games get the same grades,
+    so a resumed run goes on to the same bits.
+    """
+    queries = ["Add 2 and 3.", 'Take "kobani", reverse it.', "Take of take."]
+    different = [["5", "6"], ["inabok", "ko"], ["x", "y"]]
+    answers = [400 * group for group in different]
+    grades, again = (torch.tensor(written_grade.writes(queries, answers)) for _ in range(2))
+    assert torch.equal(grades, again) and torch.equal((7 * grades).round() / 7, grades)
+    grades = grades.view(3, 400, 2)
+    p = written_grade.judge.chances(queries, different).view(3, 2, 8)
+    expected = written_grade.judge(queries, different)
+    points = torch.arange(8.0) / 7
+    assert torch.allclose(p @ points, expected)
+    deviation = (p @ points ** 2 - expected ** 2).sqrt()  # of one verdict; of the mean, / 20
+    assert ((grades.mean(1) - expected).abs() <= 4 * deviation / 20).all()
+    assert deviation[0, 0] > 0.1 and torch.allclose(grades.std(1), deviation, rtol=0.2, atol=0.03)
