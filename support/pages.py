@@ -54,14 +54,22 @@ def share(interval):
 # Claims
 
 def judged(question, r):
-    """[(claim, verdict, figures)]. What lacks runs has no verdict, and says so."""
+    """[(claim, verdict, figures)]. What lacks runs, or two seeds, has no verdict, and says so."""
     found = []
     for claim, judge in question.claims:
         try:
-            found.append((claim, *judge(r)))
-        except Missing as missing:
-            found.append((claim, "", f"Not played yet: {missing}"))
+            found.append((claim, *judge(r._replace(least=2))))
+        except Missing:
+            found.append((claim, "", without_verdict(judge, r)))
     return found
+
+
+def without_verdict(judge, r):
+    """What can be said where fewer than two seeds are there."""
+    try:
+        return f"no verdict with one seed: {judge(r)[1]}"
+    except Missing as missing:
+        return f"Not played yet: {missing}"
 
 
 def claims(question, r):
@@ -135,8 +143,8 @@ def page(name, question, r, wanted, said=""):
                           "decides nothing.**"), ""]
     if lacking:
         lines += [wrapped(f"**{lacking} of {sum(wanted.values())} runs are missing.** Of a run "
-                          "with one seed, the interval leaves out the chance between seeds: its "
-                          "verdicts are leads, not results."), ""]
+                          "with one seed, the interval leaves out the chance between seeds: such a "
+                          "run is a lead, not a result, and claims about it have no verdict."), ""]
     seeds, commits = ({x[key] for x in results} for key in ("seed", "commit"))
     return "\n".join([
         *lines, f"![{question.title}]({name}.png)", "", table(question, r), "",

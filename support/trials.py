@@ -319,6 +319,7 @@ class Results(NamedTuple):
     found: dict  # of read_results
     instructions: str  # the set that figures are of
     outside: float = 0.05  # of the intervals, see support/intervals.py
+    least: int = 1  # with fewer seeds a figure is Missing
 
     def has(self, run):
         """Is there a result of a run, and one of the start with the same seed?"""
@@ -326,11 +327,13 @@ class Results(NamedTuple):
                    for slug, seed in self.found if slug == run.slug)
 
     def seeds(self, *names):
-        """The seeds that all these runs have results of. Raises Missing where there are none."""
+        """The seeds that all these runs have results of. Raises Missing where they are too few."""
         seeds = [{seed for slug, seed in self.found if slug == run.slug} for run in names]
         if not (shared := set.intersection(*seeds)):
             raise Missing(" and ".join(r.name for r, own in zip(names, seeds) if not own)
                           or "a seed that all have")
+        if len(shared) < self.least:
+            raise Missing(f"{self.least} seeds of {' and of '.join(r.name for r in names)}")
         return sorted(shared)
 
     def results(self, run, seeds=None):

@@ -198,6 +198,9 @@ def test_gains_are_paired_and_of_the_seeds_that_both_have(tmp_path):
         r.gain(ZERO)
     with pytest.raises(Missing, match="a seed that all have"):
         made_up(tmp_path, {}, [ZERO], seeds=(12,)).gain(ZERO, over=LSP)
+    with pytest.raises(Missing, match="2 seeds of LSP and of GRPO on endless data"):
+        r._replace(least=2).gain(LSP, over=GRPO)
+    assert r._replace(least=2).gain(LSP)[0] == pytest.approx(10)
 
 
 SHRINKING = (0.1, 0.15, 0.17, 0.18)
@@ -299,6 +302,18 @@ def test_a_claim_on_curves_needs_two_seeds(tmp_path):
     assert said("self-reward", r)["4a"][0] == "not decided"
 
 
+def test_a_claim_with_one_seed_has_no_verdict(tmp_path):
+    """Its interval leaves out the chance between seeds. What counts is the seeds that both have."""
+    made_up(tmp_path, {"GRPO on endless data": 0.3}, [GRPO], seeds=(10,))
+    r = made_up(tmp_path, {}, [LSP], seeds=(10, 11))
+    found = said("worth", r)
+    assert found["1"][0] == "yes" and found["1b"] == ("", "Not played yet: LSP-Zero")
+    assert found["2"] == ("", "no verdict with one seed: LSP minus GRPO on endless data, sampled: "
+                              "-20.0 [-25.6, -14.4]")
+    line = pages.claims(QUESTIONS["worth"], r)[2]
+    assert line.startswith("- **2. LSP comes within a point of GRPO on endless data.** No verdict")
+
+
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_page_and_its_picture_are_drawn_from_results_alone(name, tmp_path, capsys):
     """What is missing is shown as missing."""
@@ -362,8 +377,9 @@ def test_a_quick_look_says_that_it_is_one(tmp_path):
     made_up(tmp_path / "claims-quick" / "results", {}, QUESTIONS["pays"].runs, seeds=(10,))
     done = command(claims, tmp_path, "pays", "--quick", "--draw")
     assert done.returncode == 0, done.stderr
-    assert "A quick look (--quick: one seed, a 25th of the steps, 500 instructions). It shows" in (
-        " ".join(done.stdout.split()))
+    text = " ".join(done.stdout.split())
+    assert "A quick look (--quick: one seed, a 25th of the steps, 500 instructions). It" in text
+    assert "No verdict with one seed: LSP minus" in text and ": yes" not in text
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("*.md")),
