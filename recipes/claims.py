@@ -301,11 +301,12 @@ def moves_greedy(runs, by):
     correction, as all must say so. Yes: one lies above with an interval for so many tries.
     """
     def judge(r):
-        there = [run for run in runs if r.has(run)]
+        seeds = {run: len(r._replace(least=1).seeds(run)) if r.has(run) else 0 for run in runs}
+        there = [run for run in runs if seeds[run] >= r.least]
         if not there:
             raise Missing("all variants")
         strict = r._replace(outside=r.outside / len(runs))
-        left = sum(not r.has(run) or len(r.seeds(run)) < run.seeds for run in runs)
+        left = sum(seeds[run] < run.seeds for run in runs)
         gains = {run: r.gain(run, "greedy") for run in there}
         above = [run for run in there if verdict(strict.gain(run, "greedy"), -by) == "yes"]
         if above:
@@ -408,8 +409,8 @@ def ends_higher(run, other, key):
 SELF_REWARD = Question(
     "What does the self-reward do?",
     "The quality self-reward R_Q with weight 0 (LSP-Zero), 0.25, 1 (LSP) and 4, and given to one "
-    "player alone. Then one sampled grade of each answer (grades written), as in the paper, in "
-    "place of the expected one. All of it once as usual, and once with an eager Challenger "
+    "player alone. Then, in place of the expected grade, one that is drawn for each answer (grades "
+    "written). All of it once as usual, and once with an eager Challenger "
     "(alpha_Ch 0.03) for 900 steps, in which LSP-Zero's queries lose their form.",
     [ZERO, LSP, *WEIGHED.values(), WRITTEN,
      EAGER_ZERO, EAGER_LSP, *EAGER_WEIGHED.values(), EAGER_WRITTEN],
@@ -433,7 +434,7 @@ SELF_REWARD = Question(
       differences(EAGER_WEIGHED.values(), EAGER_ZERO)),
      ("4j. Given to the Challenger alone minus to the Solver alone, sampled",
       differences([CHALLENGER_ALONE], SOLVER_ALONE)),
-     # These four were declared when all other runs of this question had been played.
+     # These four were declared before any of their own runs; all others had been played.
      ("4k. Where grades are written, LSP comes within a point of LSP as it is, sampled",
       beats(WRITTEN, LSP, worse_by=1.0)),
      ("The same, greedy", beats(WRITTEN, LSP, "greedy", 1.0)),

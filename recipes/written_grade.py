@@ -1,9 +1,10 @@
-"""A judge that writes its grade: one sampled verdict for each answer, as in the paper.
+"""A judge that draws its grade: one for each answer, as in the paper.
 
-LSP (arXiv 2509.07414) lets the reference write a verdict about each answer. rewards.QualityReward
-takes the mean of all grades that it could give, each as probable as it is: the expected grade. On
-the embedded default a verdict is one digit, so this judge draws it. Both pay the same on average.
-But this one is noisy: equal answers may get different grades.
+In LSP (arXiv 2509.07414) the reference writes a verdict on each answer: a reason, then a grade.
+rewards.QualityReward takes the mean of all grades that it could give, weighted by how probable each
+is: the expected grade. The embedded default gives no reason. Its verdict is one digit, which this
+judge draws. On average both pay the same. But this one is noisy: equal answers may get different
+grades.
 
     python selfplay.py --judge recipes/written_grade.py:writes
 

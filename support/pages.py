@@ -30,6 +30,7 @@ class Panel(NamedTuple):
     names: list = []  # instead of a line over xs: bars to the right, each with its name
 
 
+SEEDS = 3  # with fewer of them, a claim has no verdict
 LEGEND = ("Right answers on held-out instructions, by which no setting was chosen; gains over the "
           "start in points, paired by instruction. *sampled*: at temperature 1, eight answers to "
           "each; *pass@8*: one of the eight is right; *chains of four*: one operation more than in "
@@ -54,32 +55,35 @@ def share(interval):
 # Claims
 
 def judged(question, r):
-    """[(claim, verdict, figures)]. What lacks runs, or two seeds, has no verdict, and says so."""
+    """[(claim, verdict, figures)]. The verdict is "" of a finding, and None without SEEDS seeds."""
     found = []
     for claim, judge in question.claims:
         try:
-            found.append((claim, *judge(r._replace(least=2))))
+            found.append((claim, *judge(r._replace(least=SEEDS))))
         except Missing:
-            found.append((claim, "", without_verdict(judge, r)))
+            found.append((claim, None, without_verdict(judge, r)))
     return found
 
 
 def without_verdict(judge, r):
-    """What can be said where fewer than two seeds are there."""
+    """What can be said where fewer than SEEDS seeds are there."""
     try:
-        return f"no verdict with one seed: {judge(r)[1]}"
+        return f"with fewer than {SEEDS} seeds there is no verdict: {judge(r)[1]}"
     except Missing as missing:
         return f"Not played yet: {missing}"
 
 
 def claims(question, r):
-    """The claims as lines of Markdown: a verdict for each alone, and for all together."""
+    """The claims as lines of Markdown: a verdict for each alone, and for all together.
+
+    Together: of all that have a verdict, or may get one once they are played.
+    """
     found = judged(question, r)
-    decided = sum(bool(said) for _, said, _ in found)
-    together = judged(question, r._replace(outside=r.outside / max(1, decided)))
+    count = sum(said != "" for _, said, _ in found)
+    together = judged(question, r._replace(outside=r.outside / max(1, count)))
     lines = []
     for (claim, said, figures), (_, strict, _) in zip(found, together):
-        also = f" (corrected for {decided} comparisons: {strict})" if strict != said else ""
+        also = f" (corrected for {count} comparisons: {strict})" if strict != said else ""
         figures = figures[:1].upper() + figures[1:]
         lines.append(f"- **{claim}{f': {said}' if said else ''}.**{also} {figures}.")
     return lines
@@ -142,9 +146,9 @@ def page(name, question, r, wanted, said=""):
         lines += [wrapped(f"**A quick look ({said.strip()}). It shows the shape of the answer, and "
                           "decides nothing.**"), ""]
     if lacking:
-        lines += [wrapped(f"**{lacking} of {sum(wanted.values())} runs are missing.** Of a run "
-                          "with one seed, the interval leaves out the chance between seeds: such a "
-                          "run is a lead, not a result, and claims about it have no verdict."), ""]
+        lines += [wrapped(f"**{lacking} of {sum(wanted.values())} runs are missing.** Claims "
+                          f"about a run with fewer than {SEEDS} seeds have no verdict. With one "
+                          "seed, the interval leaves out the chance between seeds."), ""]
     seeds, commits = ({x[key] for x in results} for key in ("seed", "commit"))
     return "\n".join([
         *lines, f"![{question.title}]({name}.png)", "", table(question, r), "",

@@ -43,7 +43,7 @@ SPARSE = ("held_sampled", "held_greedy")  # measured every so many steps: points
 SHARES = ("valid", "spread", "distinct", "agreement", "accuracy")  # these are drawn from 0 to 1
 
 # One colour for each run. All are readable on white and on black.
-COLOURS = ("#3b82f6", "#f97316", "#22a06b", "#d946a0", "#8b6f47", "#7c6cf0")
+COLOURS = ("#3b82f6", "#f97316", "#22a06b", "#d946a0", "#8b6f47", "#7c6cf0", "#64748b")
 
 # Stands in matplotlib's SVG for the colour of the page's text, which may be light or dark.
 INK = "#123456"

@@ -333,7 +333,8 @@ class Results(NamedTuple):
             raise Missing(" and ".join(r.name for r, own in zip(names, seeds) if not own)
                           or "a seed that all have")
         if len(shared) < self.least:
-            raise Missing(f"{self.least} seeds of {' and of '.join(r.name for r in names)}")
+            each = dict.fromkeys(r.name for r in names)
+            raise Missing(f"{self.least} seeds of {' and of '.join(each)}")
         return sorted(shared)
 
     def results(self, run, seeds=None):
@@ -386,10 +387,7 @@ class Results(NamedTuple):
         over: a run. then: which tenth of that. Raises Missing, also with one seed: a single number
         has no interval.
         """
-        seeds = self.seeds(run, over or run)
-        if len(seeds) < 2:
-            names = dict.fromkeys([run.name, (over or run).name])
-            raise Missing(f"two seeds of {' and of '.join(names)}")
+        seeds = self._replace(least=max(2, self.least)).seeds(run, over or run)
         try:
             ours, theirs = ([result["curves"][key][i] for result in self.results(r, seeds)]
                             for r, i in ((run, -1), (over or run, then)))

@@ -514,8 +514,8 @@ def test_a_judge_that_answers_itself(tiny):
 def test_a_judge_that_writes_its_grade():
     """400 verdicts on each answer: on average they are the expected grade, each is a whole digit.
 
-    Equal answers are graded apart, so two seldom get the same. The same games get the same grades,
-    so a resumed run goes on to the same bits.
+    Equal answers are graded apart, so they may differ. The same games get the same grades, so a
+    resumed run goes on to the same bits. Other games draw other grades of the same exchange.
     """
     queries = ["Add 2 and 3.", 'Take "kobani", reverse it.', "Take of take."]
     different = [["5", "6"], ["inabok", "ko"], ["x", "y"]]
@@ -529,4 +529,6 @@ def test_a_judge_that_writes_its_grade():
     assert torch.allclose(p @ points, expected)
     deviation = (p @ points ** 2 - expected ** 2).sqrt()  # of one verdict; of the mean, / 20
     assert ((grades.mean(1) - expected).abs() <= 4 * deviation / 20).all()
+    other = torch.tensor(written_grade.writes(queries[:1], answers[:1])).view(400, 2)
+    assert not torch.equal(other, grades[0])
     assert deviation[0, 0] > 0.1 and torch.allclose(grades.std(1), deviation, rtol=0.2, atol=0.03)
