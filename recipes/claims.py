@@ -410,8 +410,8 @@ SELF_REWARD = Question(
     "What does the self-reward do?",
     "The quality self-reward R_Q with weight 0 (LSP-Zero), 0.25, 1 (LSP) and 4, and given to one "
     "player alone. Then, in place of the expected grade, one that is drawn for each answer (grades "
-    "written). All of it once as usual, and once with an eager Challenger "
-    "(alpha_Ch 0.03) for 900 steps, in which LSP-Zero's queries lose their form.",
+    "written). All of it once as usual, and once with an eager Challenger (alpha_Ch 0.03) for 900 "
+    "steps, in which LSP-Zero's queries lose their form.",
     [ZERO, LSP, *WEIGHED.values(), WRITTEN,
      EAGER_ZERO, EAGER_LSP, *EAGER_WEIGHED.values(), EAGER_WRITTEN],
     [("3. LSP-Zero improves, then its queries degenerate (eager)", degenerates),
