@@ -33,5 +33,5 @@ def writes(queries, answers):
     # G verdicts on each different answer: one for each time that a group of G may give it.
     points = torch.multinomial(p, len(answers[0]), replacement=True, generator=luck)  # [n, G]
     rows = iter(points.tolist())
-    written = [{answer: iter(next(rows)) for answer in group} for group in different]
-    return [[next(own[answer]) / 7 for answer in group] for own, group in zip(written, answers)]
+    left = [{answer: next(rows) for answer in group} for group in different]
+    return [[own[answer].pop(0) / 7 for answer in group] for own, group in zip(left, answers)]
