@@ -21,7 +21,7 @@ SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 # Every machine uses the same number of threads, unless OMP_NUM_THREADS sets another one: two in
 # all, be it one process (python -m pytest) or two (-n 2). The commands that tests start take as
-# many: on a busy machine, threads that wait for each other would need more than their time limit.
+# many: beside two busy processes, spin.py took twice as long with two threads as with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
