@@ -1,4 +1,4 @@
-"""What is self-play worth? Six questions about both papers, each answered by runs of the games.
+"""What is self-play worth? Six questions about both papers, each answered by runs of both methods.
 
     python recipes/claims.py                  the questions, and what each costs
     python recipes/claims.py worth            plays what is missing and writes docs/results/worth.md
@@ -132,7 +132,7 @@ def worth_panels(r):
 WORTH = Question(
     "How much data is self-play worth?",
     "GRPO learns from a fixed set of n instructions, or from endless fresh ones; LSP and LSP-Zero "
-    "learn from none. All play as many games: 500 steps of 32 queries and 16 answers. Each seed "
+    "learn from none. All play as many games (a query and its answers): 500 steps of 32. Each seed "
     "draws a set of its own. The size at which GRPO's curve reaches LSP says what LSP is worth "
     "(a curve that never falls is fitted to GRPO's, and read on a logarithmic axis; the interval "
     "is a bootstrap over seeds and instructions).",
@@ -222,10 +222,11 @@ def curve_panels(r, runs, keys=("reward", "valid", "spread", "agreement")):
 
 GOES_ON = Question(
     "Does it go on?",
-    "The games of 500 steps, and longer ones, whose learning-rate schedule is stretched to fit. "
-    "Three of the games of 2,500 steps are scored at steps 500, 1,000, 1,500 and 2,000, too, "
-    "before the learning rate has decayed. In a restart, the result of 500 steps becomes the "
-    "start, the judge and the reference of the next 500.",
+    "Runs of 500 steps, and longer ones, whose learning-rate schedule is stretched to fit. Three "
+    "of those of 2,500 steps are scored at steps 500, 1,000, 1,500 and 2,000, too, before the "
+    "learning rate has decayed. A random Challenger is one that its queries teach nothing "
+    "(alpha_Ch 0). In a restart, the result of 500 steps becomes the start, the judge and the "
+    "reference of the next 500.",
     [*LONG.values(), *LONG_GRPO.values(), PAID["r-zero"], LONG_R_ZERO, RANDOM, LONG_RANDOM,
      *RESTARTED[1:], THEN_LSP, THEN_GRPO],
     [("LSP goes on from 500 to 2,500 steps, sampled", beats(LONG[2500], LSP)),
@@ -251,6 +252,9 @@ GOES_ON = Question(
      ("A Challenger paid r-zero teaches more in 2,500 steps than one that does not learn, sampled",
       beats(LONG_R_ZERO, LONG_RANDOM)),
      ("The same, greedy", beats(LONG_R_ZERO, LONG_RANDOM, "greedy")),
+     ("2,500 steps of LSP minus as many with that random Challenger, sampled",
+      differences([LONG[2500]], LONG_RANDOM)),
+     ("The same, greedy", differences([LONG[2500]], LONG_RANDOM, "greedy")),
      ("Five starts of 500 steps get further than one of 2,500, greedy",
       beats(RESTARTED[-1], LONG[2500], "greedy")),
      ("The last restart minus the first start, greedy",
@@ -337,10 +341,11 @@ def gains_panel(r, runs, ways=("sampled", "greedy")):
 LEARNING = Question(
     "Is it learning, or sharpening?",
     "A model that is only surer of its answers gains sampled, not greedy, and pass@8 falls. Each "
-    "variant of 500 steps changes one thing of LSP, but for the last four, which change several. "
-    "Those of 64 queries a step play twice as many games. For the verdict that no variant gains "
-    "four (or eight) points, all must have been played, and the interval of each must end below "
-    "that. For the verdict that one does, its interval is corrected for the number of variants.",
+    "variant of 500 steps changes one thing of LSP, or a few, as its name says. Those of 64 "
+    "queries a step play twice as many games (a query and its answers). For the verdict that no "
+    "variant gains four (or eight) points, all must have been played, and the interval of each "
+    "must end below that. For the verdict that one does, its interval is corrected for the number "
+    "of variants.",
     [*VARIANTS, ZERO_DIVIDED, *LONGER],
     [("LSP gains greedy in 500 steps", lambda r: (
         verdict(r.gain(LSP, "greedy")), points(r.gain(LSP, "greedy")))),
@@ -410,8 +415,9 @@ SELF_REWARD = Question(
     "What does the self-reward do?",
     "The quality self-reward R_Q with weight 0 (LSP-Zero), 0.25, 1 (LSP) and 4, and given to one "
     "player alone. Then, in place of the expected grade, one that is drawn for each answer (grades "
-    "written). All of it once as usual, and once with an eager Challenger (alpha_Ch 0.03) for 900 "
-    "steps, in which LSP-Zero's queries lose their form.",
+    "written). All of it once as usual (alpha_Ch 0.005), and once with an eager Challenger, whose "
+    "loss has six times that weight (0.03), for 900 steps. In these, fewer of LSP-Zero's queries "
+    "stay well formed.",
     [ZERO, LSP, *WEIGHED.values(), WRITTEN,
      EAGER_ZERO, EAGER_LSP, *EAGER_WEIGHED.values(), EAGER_WRITTEN],
     [("3. LSP-Zero improves, then its queries degenerate (eager)", degenerates),
@@ -463,8 +469,8 @@ def how_diverse(r):
 PAYS = Question(
     "Does it matter how the Challenger is paid?",
     "Five pays of five papers, and a Challenger that does not learn. LSP pays most for the "
-    "hardest queries (minimax), the others for those that are answered right now and then. Once "
-    "with the usual alpha_Ch of 0.005, and once with an eager Challenger (0.03).",
+    "hardest queries (minimax), the others for those at the frontier, which are answered right now "
+    "and then. Once with the usual alpha_Ch of 0.005, and once with an eager Challenger (0.03).",
     [RANDOM, LSP, *PAID.values(), EAGER_500, *EAGER_PAID.values()],
     [("9. Paying for queries at the frontier (r-zero) beats paying for the hardest (minimax)",
       beats(PAID["r-zero"], LSP)),
