@@ -224,7 +224,7 @@ GOES_ON = Question(
     "Does it go on?",
     "Runs of 500 steps, and longer ones, whose learning-rate schedule is stretched to fit. Three "
     "of those of 2,500 steps are scored at steps 500, 1,000, 1,500 and 2,000, too, before the "
-    "learning rate has decayed. A random Challenger is one that its queries teach nothing "
+    "learning rate has decayed. A random (untrained) Challenger does not learn from its queries "
     "(alpha_Ch 0). In a restart, the result of 500 steps becomes the start, the judge and the "
     "reference of the next 500.",
     [*LONG.values(), *LONG_GRPO.values(), PAID["r-zero"], LONG_R_ZERO, RANDOM, LONG_RANDOM,
@@ -249,6 +249,7 @@ GOES_ON = Question(
      ("The same, greedy", beats(LONG_R_ZERO, LONG[2500], "greedy")),
      ("It is within a point of GRPO on endless data, sampled",
       beats(LONG_R_ZERO, LONG_GRPO[2500], worse_by=1.0)),
+     # Declared when the first run of 2,500 steps paid r-zero had been seen, too.
      ("A Challenger paid r-zero teaches more in 2,500 steps than one that does not learn, sampled",
       beats(LONG_R_ZERO, LONG_RANDOM)),
      ("The same, greedy", beats(LONG_R_ZERO, LONG_RANDOM, "greedy")),
@@ -428,6 +429,7 @@ SELF_REWARD = Question(
       ends_higher(CHALLENGER_ALONE, EAGER_ZERO, "valid")),
      ("4d. Given to the Challenger alone, the model is right more often than with both",
       beats(CHALLENGER_ALONE, EAGER_LSP)),
+     # These three were declared before their new runs; the other claims had been seen.
      ("4e. With both, more queries are well formed than with the Solver alone",
       ends_higher(EAGER_LSP, SOLVER_ALONE, "valid")),
      ("4f. Eager, weight 4 keeps more queries well formed than weight 0.25",
