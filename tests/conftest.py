@@ -20,10 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 # Every machine uses the same number of threads, unless OMP_NUM_THREADS sets another one: two in
-# all, be it one process (python -m pytest) or two (-n 2). The commands that tests start take as
-# many: beside two busy processes, spin.py took twice as long with two threads as with one.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# all, be it one process (python -m pytest) or two (-n 2). Then the commands that a worker starts
+# take one, too: beside two busy processes, spin.py took twice as long with two. It is set in the
+# workers alone, since they inherit what the process that starts them sets.
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+THREADS = os.environ.get("OMP_NUM_THREADS", "1" if IS_WORKER else "2")
+torch.set_num_threads(int(THREADS))
+if IS_WORKER:
+    os.environ["OMP_NUM_THREADS"] = THREADS
 
 import model as llama
 from support import console, report, text
