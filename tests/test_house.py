@@ -1,9 +1,11 @@
 """The house stays a house: imports point downward, lines are short, public names are explained."""
 import ast
 import importlib
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, command
@@ -134,6 +136,19 @@ def test_ruff_finds_nothing():
     done = subprocess.run(["ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("own, said", [({}, "2 None"), ({"PYTEST_XDIST_WORKER": "gw0"}, "1 1"),
+                                       ({"OMP_NUM_THREADS": "3"}, "3 3")])
+def test_two_workers_of_one_thread_or_one_process_of_two(own, said):
+    """Workers inherit the environment of the process that starts them: it must set nothing."""
+    outer = {key: value for key, value in os.environ.items()
+             if key not in ("PYTEST_XDIST_WORKER", "OMP_NUM_THREADS")}
+    code = ("import os, conftest, torch; "
+            "print(torch.get_num_threads(), os.environ.get('OMP_NUM_THREADS'))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", env=outer | own,
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == said, done.stderr
 
 
 @pytest.mark.parametrize("name", ["selfplay", "spin", "evaluate", "recipes.claims",
