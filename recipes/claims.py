@@ -132,7 +132,7 @@ def worth_panels(r):
 WORTH = Question(
     "How much data is self-play worth?",
     "GRPO learns from a fixed set of n instructions, or from endless fresh ones; LSP and LSP-Zero "
-    "learn from none. All play as many games (a query and its answers): 500 steps of 32. Each seed "
+    "learn from none. All play as many games: 500 steps of 32 queries and 16 answers. Each seed "
     "draws a set of its own. The size at which GRPO's curve reaches LSP says what LSP is worth "
     "(a curve that never falls is fitted to GRPO's, and read on a logarithmic axis; the interval "
     "is a bootstrap over seeds and instructions).",

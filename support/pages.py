@@ -39,10 +39,10 @@ LEGEND = ("Right answers on held-out instructions, by which no setting was chose
           "seeds and the normal one over instructions, added in squares; with one seed, over "
           "instructions alone. A difference is taken over the seeds that both runs have. *yes*: "
           "the whole interval lies where the claim says; *no*: none of it does; *looked at "
-          "afterwards*: not declared before the runs, so without a verdict. Some verdicts change "
-          "if the intervals are corrected for the number of comparisons on this page (Bonferroni; "
-          "with three seeds, the part between seeds becomes two to four times as wide). They say "
-          "so.")
+          "afterwards*: not declared before its figures were known, so without a verdict. Some "
+          "verdicts change if the intervals are corrected for the number of comparisons on this "
+          "page (Bonferroni; with three seeds, the part between seeds becomes two to four times "
+          "as wide). They say so.")
 
 
 def points(interval):
